@@ -1,0 +1,287 @@
+"""`MamaCallback`: the Trainer's events, turned into statistics, mask updates and zeros.
+
+Add it to a plain `transformers.Trainer` or to any TRL trainer; nothing else changes:
+
+    trainer = SFTTrainer(model, args=args, train_dataset=data, callbacks=[MamaCallback(MamaConfig(sparsity=0.9))])
+"""
+
+import json
+import logging
+from pathlib import Path
+from typing import Optional
+
+import torch
+from torch import Tensor, nn
+from transformers import TrainerCallback
+
+from .config import MamaConfig
+from .errors import MamaError
+from .hub import write_card
+from .inputs import InputCapture
+from .masks import FOLDER, MaskSet, write_atomically
+from .pruning import check_weights, update_masks
+from .schedule import Schedule
+from .shards import check_engine, gather_rows, shards_of, unwrap
+from .targets import Target, find_targets
+from .trajectory import Trajectory
+
+logger = logging.getLogger(__name__)
+STATE_FILE = "state.json"
+HISTORY_POINTS = 40  # how often a stage writes down its sample of connections
+
+
+class MamaCallback(TrainerCallback):
+    """Records trajectories, computes masks on a schedule, and keeps pruned connections at exactly 0.0.
+
+    Masks and statistics are saved in `mama/` within every checkpoint and, at the end, within `output_dir`;
+    they are restored on resume, and taken up by the next stage that trains a model saved beside them.
+
+    Args:
+        config: what to prune and when.
+        calibration: token ids, int64 (n, sequence_length), for input norms and grams. Default: the training
+            batches seen just before the mask update.
+        stage: name of this stage in the trajectory's history.
+
+    Raises (at the start of training):
+        MamaError: nothing to prune, unsupported engine or adapters, masks of another model.
+    """
+
+    updates: Optional[tuple[str, ...]] = None  # statistics that this stage records; None = all it keeps
+
+    def __init__(
+        self, config: Optional[MamaConfig] = None, calibration: Optional[Tensor] = None, stage: str = "train"
+    ):
+        self.config = config if config is not None else MamaConfig()
+        self.calibration = calibration
+        self.stage = stage
+        self.masks: Optional[MaskSet] = None
+        self.trajectory: Optional[Trajectory] = None
+        self.targets: list[Target] = []
+        self.schedule: Optional[Schedule] = None
+        self._model: Optional[nn.Module] = None
+        self._capture: Optional[InputCapture] = None
+        self._history_every = 1
+        self._numbers: dict = {}
+        self._skipped_seen = 0
+
+    # ------------------------------------------------------------------ events
+
+    @torch.no_grad()
+    def on_train_begin(self, args, state, control, model=None, optimizer=None, **kwargs):
+        check_engine(model, args)
+        self._model = unwrap(model)
+        self.targets = find_targets(self._model, self.config.target_modules, self.config.exclude_modules)
+        check_weights(self.targets)
+        self._check_pattern()
+        config = self.config
+        self.schedule = Schedule.resolve(
+            config.mask_schedule, config.sparsity, config.mask_start, config.mask_end, config.mask_interval,
+            state.max_steps,
+        )
+        self.trajectory = Trajectory(shards_of(self._followed()), config.statistics)
+        self._history_every = max(1, state.max_steps // HISTORY_POINTS)
+        self._capture = InputCapture(self._model, config.calibration_tokens)
+        self._restore(args, state)
+        if state.global_step == 0:
+            self._sample(0)
+        self._watch_inputs(state.global_step)
+
+    @torch.no_grad()
+    def on_pre_optimizer_step(self, args, state, control, **kwargs):
+        self.trajectory.record(self.updates)
+
+    @torch.no_grad()
+    def on_optimizer_step(self, args, state, control, **kwargs):
+        if self.masks is not None:
+            self.masks.apply(self._model)
+
+    @torch.no_grad()
+    def on_step_end(self, args, state, control, optimizer=None, **kwargs):
+        step = state.global_step
+        if self.schedule.updates(step):
+            self._update(self.schedule.sparsity(step), optimizer)
+            self.on_masks_updated(step)
+        if step % self._history_every == 0:
+            self._sample(step)
+        self._watch_inputs(step)
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        self._forget_best_below_target(state)
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        if logs is None or self.trajectory is None:
+            return
+        # The Trainer's own history keeps its copy of the logs from before this event.
+        numbers = {"mama/sparsity": round(self.sparsity, 6)}
+        skipped = int(self.trajectory.skipped)
+        if skipped:
+            numbers["mama/skipped_steps"] = skipped
+        logs.update(numbers)
+        if state.log_history and state.log_history[-1].get("step") == state.global_step:
+            state.log_history[-1].update(numbers)
+
+    def on_evaluate(self, args, state, control, metrics=None, **kwargs):
+        self._numbers = {key: value for key, value in (metrics or {}).items() if isinstance(value, (int, float))}
+
+    def on_save(self, args, state, control, **kwargs):
+        if args.should_save:
+            self.save(Path(args.output_dir) / f"checkpoint-{state.global_step}")
+        self._forget_best_below_target(state)
+
+    def on_train_end(self, args, state, control, **kwargs):
+        if self._capture is not None:
+            self._capture.stop()
+        if args.should_save:
+            self.save(args.output_dir)
+
+    def on_push_begin(self, args, state, control, **kwargs):
+        if args.should_save and self.trajectory is not None:
+            self.save(args.output_dir)
+            write_card(args.output_dir, self.card())
+
+    # ------------------------------------------------------------------ what users call
+
+    @property
+    def sparsity(self) -> float:
+        """Sparsity of the masks now; 0.0 before the first mask update."""
+        return self.masks.sparsity() if self.masks is not None else 0.0
+
+    def save(self, folder: str | Path) -> None:
+        """Writes masks, statistics and the callback's state into `folder/mama/`."""
+        if self.masks is not None:
+            self.masks.save(folder)
+        self.trajectory.save(folder)
+        self._capture.save(folder)
+        state = {"stage": self.stage, "sparsity": self.sparsity, "config": vars_of(self.config)}
+        path = Path(folder) / FOLDER / STATE_FILE
+        write_atomically(path, lambda temporary: temporary.write_text(json.dumps(state, indent=1)))
+
+    def card(self) -> dict:
+        """What the model card tells: sparsity, pattern, how it was pruned, and the last evaluation's numbers."""
+        return {
+            "sparsity": self.sparsity,
+            "pattern": self.config.pattern,
+            "indicators": ", ".join(self.config.indicators),
+            "budget": self.config.budget,
+            "redistribution": self.config.redistribution,
+            "stage": self.stage,
+            "numbers": self._numbers,
+        }
+
+    def on_masks_updated(self, step: int) -> None:
+        """Called after every mask update; a trainer that samples from a copy of the model syncs it here."""
+
+    # ------------------------------------------------------------------ inside
+
+    def _followed(self) -> list[tuple[str, nn.Parameter]]:
+        """Weights and biases of the targets, by name."""
+        found = []
+        for target in self.targets:
+            found.append((target.name, target.parameter))
+            if target.bias is not None:
+                found.append((f"{target.module_name}.bias", target.bias))
+        return found
+
+    def _check_pattern(self) -> None:
+        from .config import parse_pattern
+
+        group = parse_pattern(self.config.pattern)
+        for target in self.targets if group and self.config.sparsity > 0 else []:
+            if target.shape[1] % group[1]:
+                raise MamaError(
+                    f"`pattern` is {self.config.pattern!r}, but {target.name} has {target.shape[1]} inputs, no "
+                    f"multiple of {group[1]}: put it into `exclude_modules`, or use unstructured."
+                )
+
+    def _restore(self, args, state) -> None:
+        """Takes up masks and statistics: this run's own on resume, else those beside the model."""
+        resume = state.global_step > 0
+        if resume:
+            folder = _resumed_from(args, state)
+            if not (folder / FOLDER / STATE_FILE).exists():
+                raise MamaError(
+                    f"{folder} has no {FOLDER}/ folder, so masks and statistics cannot be resumed: start from a "
+                    "checkpoint written with MamaCallback."
+                )
+            self._capture.load(folder)
+        else:
+            folder = _beside(self._model) if self.config.inherit_masks else None
+        if folder is not None:
+            self.masks = MaskSet.load(folder)
+            if self.masks is not None:
+                self.masks.check(self._model, str(folder / FOLDER))
+                self.masks.apply(self._model)
+            self.trajectory.load(folder, resume)
+        if self.masks is None and self.config.mask_schedule == "hold" and self.config.sparsity > 0:
+            raise MamaError(
+                f"`mask_schedule` is 'hold', but no masks lie beside the model {self._model.name_or_path!r}: prune it "
+                "first, set `mask_schedule` to oneshot or cubic, or `sparsity` to 0 to train without masks."
+            )
+
+    def _watch_inputs(self, step: int) -> None:
+        """Captures inputs only in the steps before a mask update that will need them."""
+        upcoming = [s for s in range(step + 1, self.schedule.end + 1) if self.schedule.updates(s)]
+        wanted = self.calibration is None and bool(upcoming)
+        self._capture.start() if wanted else self._capture.stop()
+
+    def _update(self, sparsity: float, optimizer) -> None:
+        calibration = self.calibration if self.calibration is not None else self._capture.rows()
+        if calibration is not None:
+            device = next(self._model.parameters()).device
+            calibration = gather_rows(calibration.to(device)) if self.calibration is None else calibration.to(device)
+        if sparsity < self.sparsity:
+            return  # masks inherited from an earlier stage are sparser than the ramp is now
+        self.masks = update_masks(
+            self._model, self.targets, self.config, sparsity, calibration, self.trajectory, optimizer
+        )
+
+    def _sample(self, step: int) -> None:
+        self.trajectory.sample(step, self.stage, [target.name for target in self.targets])
+
+    def _forget_best_below_target(self, state) -> None:
+        """`load_best_model_at_end` and early stopping must never prefer a checkpoint that is not sparse yet."""
+        if self.schedule is None or self.config.mask_schedule == "hold" or self.config.sparsity == 0:
+            return
+        last = self.schedule.start if self.schedule.kind == "oneshot" else self.schedule.end
+        if state.global_step < last:
+            state.best_metric = None
+            state.best_model_checkpoint = None
+            state.best_global_step = None
+
+
+def vars_of(config: MamaConfig) -> dict:
+    """The fields of `MamaConfig` alone, also of a training config that inherits them."""
+    from dataclasses import fields
+
+    return {f.name: getattr(config, f.name) for f in fields(MamaConfig)}
+
+
+def _resumed_from(args, state) -> Path:
+    folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+    given = args.resume_from_checkpoint
+    if isinstance(given, str) and Path(given).is_dir():
+        return Path(given)
+    return folder
+
+
+def _beside(model: nn.Module) -> Optional[Path]:
+    """The folder that the model was loaded from, if masks or statistics lie in it; hub models are looked up."""
+    name = getattr(model, "name_or_path", "") or ""
+    if not name:
+        return None
+    if (Path(name) / FOLDER).is_dir():
+        return Path(name)
+    if Path(name).exists():
+        return None
+    return _from_hub(name)
+
+
+def _from_hub(name: str) -> Optional[Path]:
+    from huggingface_hub import snapshot_download
+
+    try:
+        folder = Path(snapshot_download(name, allow_patterns=[f"{FOLDER}/*"]))
+    except Exception as error:  # offline, private, or not a hub name: training goes on, said in the log
+        logger.info("no masks looked up on the hub for %s: %s", name, error)
+        return None
+    return folder if (folder / FOLDER).is_dir() else None

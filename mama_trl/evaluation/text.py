@@ -1,0 +1,69 @@
+"""Text from a file or a dataset, cut into blocks of token ids."""
+
+import json
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ..errors import MamaError
+
+
+def read_text(source: str | Path, split: str = "train") -> str:
+    """Text of a .txt file, of the `text` column of a .jsonl file, or of a datasets name or folder.
+
+    Documents are joined by a blank line. Raises `MamaError` if nothing readable is there.
+    """
+    path = Path(source)
+    if path.is_file():
+        try:
+            text = path.read_text(encoding="utf-8")
+            if path.suffix in (".jsonl", ".json"):
+                text = "\n\n".join(json.loads(line)["text"] for line in text.splitlines() if line.strip())
+        except (UnicodeDecodeError, OSError) as error:
+            raise MamaError(f"{source} is not readable as UTF-8 text ({error}): give a .txt or .jsonl file.") from None
+        except (json.JSONDecodeError, KeyError, TypeError) as error:
+            raise MamaError(f"{source} is no JSON lines file with a column `text` ({error!r}).") from None
+    else:
+        text = _from_datasets(str(source), split)
+    if not text.strip():
+        raise MamaError(f"{source} holds no text: give a .txt file, a .jsonl file with `text`, or a datasets name.")
+    return text
+
+
+def _from_datasets(name: str, split: str) -> str:
+    from datasets import load_dataset
+
+    try:
+        dataset = load_dataset(name, split=split)
+    except Exception as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise MamaError(
+            f"{name} is neither a file nor a dataset that can be loaded ({reason}): give a .txt file, a .jsonl file "
+            "with `text`, or a datasets name."
+        ) from None
+    if "text" not in dataset.column_names:
+        raise MamaError(f"dataset {name} has no column `text`, only {', '.join(dataset.column_names)}.")
+    return "\n\n".join(dataset["text"])
+
+
+def blocks(tokenizer, text: str, sequence_length: int, limit: int | None = None, seed: int | None = None) -> Tensor:
+    """int64 (n, sequence_length): `text` without special tokens, the incomplete last block dropped.
+
+    Args:
+        limit: at most so many blocks; the first ones, or with `seed` drawn at random.
+
+    Raises:
+        MamaError: the text is shorter than one block.
+    """
+    ids = tokenizer(text, add_special_tokens=False, return_tensors="pt", verbose=False).input_ids[0]
+    count = ids.numel() // sequence_length
+    if count == 0:
+        raise MamaError(
+            f"the text has {ids.numel()} tokens, fewer than `sequence_length` ({sequence_length}): give more text or "
+            "a shorter sequence."
+        )
+    rows = ids[: count * sequence_length].view(count, sequence_length)
+    if seed is not None:
+        rows = rows[torch.randperm(count, generator=torch.Generator().manual_seed(seed))]
+    return rows[:limit]

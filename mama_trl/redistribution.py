@@ -1,0 +1,84 @@
+"""Moving what pruned connections carried to the kept ones. Pure functions; weights are (out, in).
+
+The best kept weights solve min over W' supported on the mask of ‖X (W − W')ᵀ‖², for which the gram Xᵀ X is
+all that is needed.
+"""
+
+import torch
+from torch import Tensor
+
+
+def unit_diagonal(gram: Tensor, damping: float = 1e-4) -> tuple[Tensor, Tensor]:
+    """Scales a gram to unit diagonal and damps it.
+
+    Args:
+        gram: fp32 (in, in), positive semi-definite.
+        damping: added to the unit diagonal.
+
+    Returns:
+        (scaled gram (in, in), scale (in,)) with gram ≈ scale ⊗ scale * scaled. An input that is always zero
+        gets the smallest scale of the living ones, so that nothing is divided by zero.
+    """
+    diagonal = gram.diagonal().clamp_min(0)
+    alive = diagonal > diagonal.max() * 1e-12
+    smallest = torch.where(alive, diagonal, diagonal.max()).min()
+    scale = torch.where(alive, diagonal, smallest.clamp_min(1e-30)).sqrt()
+    scaled = gram / scale.outer(scale)
+    scaled = torch.nan_to_num(scaled)
+    scaled.diagonal().copy_(torch.ones_like(scale) + damping)
+    return scaled, scale
+
+
+def least_squares(
+    weight: Tensor, gram: Tensor, mask: Tensor, start: Tensor | None = None, steps: int = 40, damping: float = 1e-4
+) -> Tensor:
+    """Kept weights that lose least, by conjugate gradients projected on the mask, all rows at once.
+
+    Args:
+        weight: dense weights W, fp32 (out, in).
+        gram: Xᵀ X, fp32 (in, in).
+        mask: bool (out, in), True = kept.
+        start: first guess; default W on the mask.
+        steps: iterations; each costs one (out, in) × (in, in) product.
+        damping: on the unit-diagonal gram, towards `weight`.
+
+    Returns:
+        W' (out, in), zero where the mask is. Never worse than `start` in damped layer error.
+    """
+    scaled, scale = unit_diagonal(gram, damping)
+    dense = weight * scale
+    guess = (dense if start is None else start * scale) * mask
+    residual = (dense - guess) @ scaled * mask
+    direction = residual.clone()
+    square = residual.square().sum(1, keepdim=True)
+    for _ in range(steps):
+        product = direction @ scaled * mask
+        curve = (direction * product).sum(1, keepdim=True)
+        step = torch.where(curve > 0, square / curve.clamp_min(1e-30), torch.zeros_like(curve))
+        guess += step * direction
+        residual -= step * product
+        fresh = residual.square().sum(1, keepdim=True)
+        direction = residual + torch.where(square > 0, fresh / square.clamp_min(1e-30), torch.zeros_like(square)) * direction
+        square = fresh
+    return guess / scale * mask
+
+
+def mean(weight: Tensor, mask: Tensor) -> Tensor:
+    """The paper's rule done right: each row's pruned sum is spread evenly over its kept connections.
+
+    The published code zeroes the pruned values before it sums them, so that it moves nothing; here the sum is
+    taken first. `weight` (out, in), `mask` bool (out, in).
+    """
+    moved = (weight * ~mask).sum(1, keepdim=True) / mask.sum(1, keepdim=True).clamp_min(1)
+    return (weight + moved) * mask
+
+
+def bias_shift(weight: Tensor, kept: Tensor, input_mean: Tensor) -> Tensor:
+    """What the bias must gain so that the mean output stays: (W − W') x̄, (out,)."""
+    return (weight - kept) @ input_mean
+
+
+def layer_error(weight: Tensor, kept: Tensor, gram: Tensor) -> Tensor:
+    """‖X (W − W')ᵀ‖² per row, (out,)."""
+    difference = weight - kept
+    return ((difference @ gram) * difference).sum(1)

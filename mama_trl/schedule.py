@@ -1,0 +1,53 @@
+"""Sparsity as a function of the optimizer step."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """When masks are computed, and for which sparsity.
+
+    Args:
+        kind: `oneshot` (one mask at `start`), `cubic` (from the first mask at `start` to the target at
+            `end`, after Zhu and Gupta, arXiv 1710.01878) or `hold` (existing masks stay as they are).
+        target: final sparsity in [0, 1).
+        start, end: optimizer steps; the first and the last mask update.
+        interval: steps between two mask updates of the cubic ramp.
+    """
+
+    kind: str
+    target: float
+    start: int
+    end: int
+    interval: int = 10
+
+    def sparsity(self, step: int) -> float:
+        """Sparsity that masks computed at `step` should have."""
+        if self.kind == "hold" or step < self.start:
+            return 0.0
+        if self.kind == "oneshot" or step >= self.end:
+            return self.target
+        # The first mask already prunes: the ramp has (end - start) / interval + 1 updates.
+        done = (step - self.start + self.interval) / (self.end - self.start + self.interval)
+        return self.target * (1.0 - (1.0 - done) ** 3)
+
+    def updates(self, step: int) -> bool:
+        """Whether a mask is computed right after optimizer step `step` (1-based)."""
+        if self.kind == "hold" or self.target == 0.0:
+            return False
+        if self.kind == "oneshot":
+            return step == self.start
+        if step < self.start or step > self.end:
+            return False
+        return step == self.end or (step - self.start) % self.interval == 0
+
+    @classmethod
+    def resolve(cls, kind: str, target: float, start: float, end: float, interval: int, total_steps: int):
+        """Turns fractions of `total_steps` (values below 1) into steps, within [1, total_steps]."""
+
+        def to_step(value: float) -> int:
+            step = round(value * total_steps) if value < 1 else int(value)
+            return max(1, min(step, total_steps))
+
+        first = to_step(start)
+        return cls(kind, target, first, max(first, to_step(end)), interval)

@@ -1,0 +1,8 @@
+"""`accelerate launch train/pretrain.py --config recipe.yaml` is `mama pretrain --config recipe.yaml` under accelerate."""
+
+import sys
+
+from mama_trl.cli import main
+
+if __name__ == "__main__":
+    sys.exit(main(["pretrain", *sys.argv[1:]]))
