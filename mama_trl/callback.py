@@ -111,14 +111,10 @@ class MamaCallback(TrainerCallback):
     def on_log(self, args, state, control, logs=None, **kwargs):
         if logs is None or self.trajectory is None:
             return
-        # The Trainer's own history keeps its copy of the logs from before this event.
-        numbers = {"mama/sparsity": round(self.sparsity, 6)}
-        skipped = int(self.trajectory.skipped)
-        if skipped:
-            numbers["mama/skipped_steps"] = skipped
-        logs.update(numbers)
+        logs.update(self.metrics())
+        # The Trainer copied its logs into the history before this event.
         if state.log_history and state.log_history[-1].get("step") == state.global_step:
-            state.log_history[-1].update(numbers)
+            state.log_history[-1].update(self.metrics())
 
     def on_evaluate(self, args, state, control, metrics=None, **kwargs):
         self._numbers = {key: value for key, value in (metrics or {}).items() if isinstance(value, (int, float))}
@@ -145,6 +141,14 @@ class MamaCallback(TrainerCallback):
     def sparsity(self) -> float:
         """Sparsity of the masks now; 0.0 before the first mask update."""
         return self.masks.sparsity() if self.masks is not None else 0.0
+
+    def metrics(self) -> dict[str, float]:
+        """`mama/sparsity`, and `mama/skipped_steps` where a gradient held NaN or infinity."""
+        numbers = {"mama/sparsity": round(self.sparsity, 6)}
+        skipped = int(self.trajectory.skipped)
+        if skipped:
+            numbers["mama/skipped_steps"] = skipped
+        return numbers
 
     def save(self, folder: str | Path) -> None:
         """Writes masks, statistics and the callback's state into `folder/mama/`."""

@@ -44,3 +44,19 @@ class PruningCard:
         super().create_model_card(*args, **kwargs)
         if self.is_world_process_zero():
             add_to_card(Path(self.args.output_dir) / "README.md", self.mama.card())
+
+    def log(self, logs: dict, *args, **kwargs):
+        """The sparsity joins the Trainer's own logs, so that every reporting integration sees it."""
+        if self.mama.trajectory is not None:
+            logs.update(self.mama.metrics())
+        super().log(logs, *args, **kwargs)
+
+
+def first_in_log(trainer) -> None:
+    """Moves `MamaCallback`s before the reporting callbacks, so that these see the `mama/` metrics.
+
+    A Trainer appends a user's callbacks behind W&B's and TensorBoard's, and all share one `logs` dictionary.
+    """
+    from .callback import MamaCallback
+
+    trainer.callback_handler.callbacks.sort(key=lambda callback: not isinstance(callback, MamaCallback))

@@ -97,19 +97,11 @@ class Trajectory:
         return name in self.values and bool(self.counts[name] > 0)
 
     @torch.no_grad()
-    def sample(self, step: int, stage: str, names: list[str], seed: int = 0) -> None:
+    def sample(self, step: int, stage: str, names: list[str]) -> None:
         """Writes down the values of a fixed random sample of connections, for the report."""
         shards = {shard.name: shard for shard in self.shards}
-        generator = torch.Generator().manual_seed(seed)
-        total = sum(shards[name].length for name in names)
-        positions = torch.randint(total, (min(SAMPLES, total),), generator=generator).sort().values
-        values, offset = [], 0
-        for name in names:
-            flat = shards[name].master.reshape(-1)
-            inside = positions[(positions >= offset) & (positions < offset + flat.numel())] - offset
-            values.append(flat[inside.to(flat.device)].float().cpu())
-            offset += flat.numel()
-        self.history.append({"step": step, "stage": stage, "values": torch.cat(values).tolist()})
+        values = take_sample([shards[name].master.reshape(-1) for name in names])
+        self.history.append({"step": step, "stage": stage, "values": values.float().cpu().tolist()})
 
     def save(self, folder: str | Path) -> None:
         """Writes `folder/mama/statistics.safetensors` atomically."""
@@ -161,6 +153,19 @@ class Trajectory:
         if resume:
             self.skipped.fill_(int(header["skipped"]))
         return True
+
+
+def take_sample(flats: list[Tensor], seed: int = 0) -> Tensor:
+    """The same `SAMPLES` random positions of the concatenation of 1-D tensors, without concatenating them."""
+    total = sum(flat.numel() for flat in flats)
+    positions = torch.randint(total, (min(SAMPLES, total),), generator=torch.Generator().manual_seed(seed))
+    positions = positions.sort().values
+    parts, offset = [], 0
+    for flat in flats:
+        inside = positions[(positions >= offset) & (positions < offset + flat.numel())] - offset
+        parts.append(flat[inside.to(flat.device)].cpu())
+        offset += flat.numel()
+    return torch.cat(parts)
 
 
 def _grouped(shards: list[Shard], size: int) -> list[list[Shard]]:

@@ -1,4 +1,4 @@
-"""`accelerate launch train/distill.py --config recipe.yaml` is `mama distill --config recipe.yaml` under accelerate."""
+"""`accelerate launch train/distill.py --config recipe.yaml`; the same as `mama distill --config recipe.yaml`."""
 
 import sys
 

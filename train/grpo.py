@@ -1,4 +1,4 @@
-"""`accelerate launch train/grpo.py --config recipe.yaml` is `mama grpo --config recipe.yaml` under accelerate."""
+"""`accelerate launch train/grpo.py --config recipe.yaml`; the same as `mama grpo --config recipe.yaml`."""
 
 import sys
 

@@ -1,4 +1,4 @@
-"""`accelerate launch train/pretrain.py --config recipe.yaml` is `mama pretrain --config recipe.yaml` under accelerate."""
+"""`accelerate launch train/pretrain.py --config recipe.yaml`; the same as `mama pretrain --config recipe.yaml`."""
 
 import sys
 

@@ -1,4 +1,4 @@
-"""`accelerate launch train/sft.py --config recipe.yaml` is `mama sft --config recipe.yaml` under accelerate."""
+"""`accelerate launch train/sft.py --config recipe.yaml`; the same as `mama sft --config recipe.yaml`."""
 
 import sys
 

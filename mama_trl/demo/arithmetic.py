@@ -4,6 +4,9 @@ import random
 import re
 from dataclasses import dataclass
 
+import torch
+from torch import Tensor
+
 
 @dataclass(frozen=True)
 class Sums:
@@ -23,9 +26,9 @@ class Sums:
         }
 
 
-def sums(limit: int = 50, seed: int = 0, heldout_share: float = 0.2) -> Sums:
-    """All sums a+b with operands below `limit`; a pair is held out in both orders."""
-    pairs = [(a, b) for a in range(limit) for b in range(a, limit)]
+def sums(low: int = 10, high: int = 50, seed: int = 0, heldout_share: float = 0.2) -> Sums:
+    """All sums a+b with low <= a, b < high; a pair is held out in both orders."""
+    pairs = [(a, b) for a in range(low, high) for b in range(a, high)]
     random.Random(seed).shuffle(pairs)
     count = round(len(pairs) * heldout_share)
 
@@ -36,14 +39,31 @@ def sums(limit: int = 50, seed: int = 0, heldout_share: float = 0.2) -> Sums:
     return Sums(
         both_orders(pairs[count:]),
         both_orders(pairs[:count]),
-        f"sums of two numbers below {limit}; {heldout_share:.0%} of the operand pairs are held out",
+        f"sums of two numbers from {low} to {high - 1}; {heldout_share:.0%} of the operand pairs are held out",
     )
 
 
-def demonstrations(pairs: list[tuple[str, str]], count: int, seed: int) -> str:
-    """`count` solved sums, drawn with replacement, one a line."""
-    chosen = random.Random(seed).choices(pairs, k=count)
-    return "".join(f"{prompt}{answer}\n" for prompt, answer in chosen)
+def demonstrations(tokenizer, pairs: list[tuple[str, str]], rows: int, length: int, seed: int) -> tuple[Tensor, Tensor]:
+    """Solved sums, one a line, packed into rows.
+
+    Returns:
+        (token ids, labels), int64 (rows, length); labels are -100 but for answers and line ends, since the
+        operands are random and nothing can be learned from them.
+    """
+    tokens = {pair: (_ids(tokenizer, pair[0]), _ids(tokenizer, pair[1] + "\n")) for pair in pairs}
+    draw = random.Random(seed)
+    ids: list[int] = []
+    labels: list[int] = []
+    while len(ids) < rows * length:
+        prompt, answer = tokens[draw.choice(pairs)]
+        ids += prompt + answer
+        labels += [-100] * len(prompt) + answer
+    shape = (rows, length)
+    return torch.tensor(ids[: rows * length]).view(shape), torch.tensor(labels[: rows * length]).view(shape)
+
+
+def _ids(tokenizer, text: str) -> list[int]:
+    return tokenizer(text, add_special_tokens=False).input_ids
 
 
 def first_number(completion: str) -> str | None:

@@ -1,0 +1,113 @@
+"""Datasets of the training commands."""
+
+import os
+from pathlib import Path
+from typing import Optional
+
+from ..errors import MamaError
+from .common import DATA_FORMATS, check_file_name, first_line
+
+
+def load_data(script_args, dataset_args):
+    """The datasets by split: `datasets:` of a recipe, a local file, or a datasets name.
+
+    A .txt file has a column `text` with one row a paragraph.
+
+    Raises:
+        MamaError: nothing named, not loadable, empty, or without the training split.
+    """
+    from datasets import load_dataset
+    from trl import get_dataset
+
+    name, split = script_args.dataset_name, script_args.dataset_train_split
+    if not name and not dataset_args.datasets:
+        raise MamaError("`dataset_name` is missing: give a .txt or .jsonl file, a datasets name, or `datasets:`.")
+    if name and not dataset_args.datasets:
+        check_file_name(name)
+    try:
+        if dataset_args.datasets:
+            data = get_dataset(dataset_args)
+        elif Path(name).is_file():
+            data = _from_file(Path(name))
+        else:
+            data = load_dataset(name, name=script_args.dataset_config, streaming=script_args.dataset_streaming)
+    except MamaError:
+        raise
+    except Exception as error:  # builders raise anything, from parser errors to the hub's
+        raise MamaError(f"{name or '`datasets`'} cannot be loaded as a dataset: {first_line(error)}") from None
+    if split not in data:
+        raise MamaError(f"`dataset_train_split` is {split!r}, but {name} has only {', '.join(data)}.")
+    return data
+
+
+def _from_file(path: Path):
+    from datasets import load_dataset
+
+    if path.suffix not in DATA_FORMATS:
+        raise MamaError(f"`dataset_name` is {path}, of no known format: use {', '.join(DATA_FORMATS)}.")
+    if not os.access(path, os.R_OK):
+        raise MamaError(f"`dataset_name` is {path}, which cannot be read: check its permissions.")
+    if not path.stat().st_size:
+        raise MamaError(f"`dataset_name` is {path}, an empty file: give one with data.")
+    options = {"sample_by": "paragraph"} if path.suffix == ".txt" else {}
+    return load_dataset(DATA_FORMATS[path.suffix], data_files=str(path), **options)
+
+
+def split_data(data, script_args, training_args) -> tuple:
+    """`(training, evaluation or None)` as the recipe names them."""
+    if training_args.eval_strategy == "no":
+        return data[script_args.dataset_train_split], None
+    split = script_args.dataset_test_split
+    if split not in data:
+        raise MamaError(f"`dataset_test_split` is {split!r}, not among {', '.join(data)}: set eval_strategy no.")
+    return data[script_args.dataset_train_split], data[split]
+
+
+def prepared(script_args, training_args, dataset_args, completions: bool) -> tuple:
+    """`(training, evaluation or None)` with prompts made as `with_prompts` says."""
+    parts = split_data(load_data(script_args, dataset_args), script_args, training_args)
+    return tuple(
+        None if part is None else with_prompts(part, script_args.prompt_template, script_args.chat, completions)
+        for part in parts
+    )
+
+
+def with_prompts(dataset, template: Optional[str], chat: bool, completions: bool):
+    """A dataset with `prompt` (and `completion`) columns, made from `question`/`answer` where it has these.
+
+    Args:
+        template: format string over the row's columns, such as "{question}\\nAnswer:".
+        chat: one message each of user and assistant instead of plain text.
+        completions: make `completion` from `answer` where it is missing (SFT); otherwise `answer` stays (GRPO).
+
+    Raises:
+        MamaError: the template names a column that is not there.
+    """
+    columns = list(dataset.column_names or [])
+    if template:
+        try:
+            template.format_map(dict.fromkeys(columns, ""))
+        except (KeyError, IndexError, ValueError) as error:
+            raise MamaError(
+                f"`prompt_template` does not fit the columns {', '.join(columns)} ({error!r}): write {{column}}, and "
+                "{{ for a literal brace."
+            ) from None
+    elif "prompt" not in columns and "question" not in columns:
+        return dataset
+    answer = next((name for name in ("completion", "answer") if name in columns), None) if completions else None
+
+    def convert(row):
+        prompt = template.format_map(row) if template else row.get("prompt", row.get("question"))
+        plain = isinstance(prompt, str)
+        new = {"prompt": [{"role": "user", "content": prompt}] if chat and plain else prompt}
+        if answer is not None:
+            text = row[answer]
+            if chat and isinstance(text, str):
+                text = [{"role": "assistant", "content": text}]
+            elif plain and not (prompt[-1:].isspace() or text[:1].isspace()):
+                text = " " + text
+            new["completion"] = text
+        return new
+
+    remove = [name for name in columns if completions and name not in ("prompt", "completion")]
+    return dataset.map(convert, remove_columns=remove)

@@ -1,0 +1,46 @@
+"""`mama distill`: the dense model teaches the pruned one."""
+
+DESCRIPTION = """Distil a dense teacher into a pruned student.
+
+  mama distill --model_name_or_path runs/pruned --teacher_model_name_or_path runs/dense --dataset_name text.txt \\
+      --output_dir runs/distilled
+
+The masks beside the student are kept (--mask_schedule hold); with oneshot or cubic it is pruned while it learns.
+The data is as for `mama sft`. Teacher and student need the same vocabulary."""
+
+
+def make_parser():
+    from trl import DatasetMixtureConfig, ModelConfig
+
+    from ..distillation import MamaDistillationConfig
+    from . import training
+
+    types = (MamaDistillationConfig, training.TrainingArguments, ModelConfig, DatasetMixtureConfig)
+    return training.make_parser(types, "distill", DESCRIPTION)
+
+
+def main(training_args, script_args, model_args, dataset_args) -> None:
+    from ..distillation import MamaDistillationTrainer
+    from ..errors import MamaError
+    from . import common, data, training
+
+    resume = training.check_run(script_args, training_args, model_args)
+    if not training_args.teacher_model_name_or_path:
+        raise MamaError("`teacher_model_name_or_path` is missing: give the dense model's folder or hub id.")
+    common.check_model_source(training_args.teacher_model_name_or_path)
+    train_data, eval_data = data.prepared(script_args, training_args, dataset_args, completions=True)
+    training.model_options(training_args, model_args)
+    trainer = MamaDistillationTrainer(
+        model_args.model_name_or_path, args=training_args, train_dataset=train_data, eval_dataset=eval_data,
+        processing_class=common.load_tokenizer(model_args.model_name_or_path),
+    )
+    training.train(trainer, resume, script_args.dataset_name)
+
+
+def run(argv: list[str]) -> int:
+    from . import training
+
+    parsed = training.parse(make_parser(), argv)
+    if parsed is not None:
+        main(*parsed)
+    return 0

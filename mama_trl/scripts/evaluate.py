@@ -1,0 +1,75 @@
+"""`mama evaluate`: perplexity with its protocol, sparsity and size of a saved model."""
+
+import json
+from pathlib import Path
+
+from . import common
+
+DESCRIPTION = """Measure a saved model on a text.
+
+  mama evaluate MODEL --text heldout.txt --json numbers.json
+
+Perplexity is the exponential of the mean negative log-likelihood over blocks of the text that do not overlap, with
+every position of a block but the first scored. Compare numbers only at the same text and sequence length."""
+
+
+def make_parser():
+    parser = common.CommandParser("evaluate", DESCRIPTION)
+    parser.add_argument("model", metavar="MODEL", help="model folder or hub id")
+    parser.add_argument(
+        "--text", required=True, metavar="FILE", help="held-out text: .txt, .jsonl with `text`, or a datasets name"
+    )
+    parser.add_argument("--blocks", type=common.positive, metavar="N", help="only the first N blocks (default: all)")
+    parser.add_argument("--json", metavar="FILE", help="also write the numbers here")
+    parser.add_measuring()
+    return parser
+
+
+def size_of(source: str, model) -> int:
+    """Bytes of the weight files, or of the parameters where the model has no local folder."""
+    from ..evaluation import model_bytes
+
+    on_disk = model_bytes(source) if Path(source).is_dir() else 0
+    return on_disk or sum(p.numel() * p.element_size() for p in model.parameters())
+
+
+def main(args) -> dict:
+    from ..evaluation import blocks, perplexity, sparsity_by_kind
+
+    common.check_model_source(args.model)
+    common.check_output_file(args.json)
+    text = common.heldout_text(args.text)
+    length = common.sequence_length(args.model, args.sequence_length)
+    rows = blocks(common.load_tokenizer(args.model), text, length, limit=args.blocks)
+    model = common.load_model(args.model, args.dtype)
+    numbers = {
+        "model": args.model,
+        "text": args.text,
+        **perplexity(model, rows, args.batch_size, progress=True),
+        "sparsity": sparsity_by_kind(model),
+        "bytes": size_of(args.model, model),
+    }
+    show(numbers)
+    if args.json:
+        Path(args.json).write_text(json.dumps(numbers, indent=1) + "\n", encoding="utf-8")
+    return numbers
+
+
+def show(numbers: dict) -> None:
+    """The numbers as a table on standard output."""
+    print(f"{numbers['model']} on {numbers['text']}")
+    print(f"  perplexity  {numbers['perplexity']:.4f}   ({numbers['nats']:.5f} nats a token)")
+    print(
+        f"  protocol    {numbers['tokens']} scored tokens, blocks of {numbers['sequence_length']} that do not overlap, "
+        "no special tokens"
+    )
+    print(f"  size        {numbers['bytes'] / 2**20:.2f} MiB")
+    sparsity = dict(numbers["sparsity"])
+    print(f"  sparsity    {sparsity.pop('all'):.4%} of the prunable weights")
+    for kind, value in sparsity.items():
+        print(f"    {kind:<16} {value:.4%}")
+
+
+def run(argv: list[str]) -> int:
+    main(make_parser().parse_args(argv))
+    return 0

@@ -1,0 +1,84 @@
+"""`mama grpo`: GRPO whose backward pass says which connections earn the reward."""
+
+import importlib
+import os
+import sys
+from dataclasses import dataclass, field
+
+DESCRIPTION = """Reinforcement learning with a checkable reward; prune by what the reward asks for.
+
+  mama grpo --model_name_or_path MODEL --dataset_name data.jsonl --sparsity 0.5 --output_dir runs/grpo
+
+The data has a column `prompt` (or `question`) and, for the reward `accuracy`, `answer`; of an answer such as
+"3 + 4 = 7 #### 7" the part after #### counts. Another reward is a dotted import path such as my_rewards.length."""
+
+
+def make_parser():
+    from trl import DatasetMixtureConfig, ModelConfig
+
+    from ..grpo import MamaGRPOConfig
+    from . import training
+
+    @dataclass
+    class GRPOArguments(training.TrainingArguments):
+        reward_funcs: list[str] = field(
+            default_factory=lambda: ["accuracy"],
+            metadata={"help": "Rewards: `accuracy` (the last number equals the answer), or dotted import paths."},
+        )
+
+    types = (MamaGRPOConfig, GRPOArguments, ModelConfig, DatasetMixtureConfig)
+    return training.make_parser(types, "grpo", DESCRIPTION)
+
+
+def reward_functions(names: list[str]) -> list:
+    """The functions behind the names. Raises `MamaError` for a name that leads nowhere."""
+    from ..errors import MamaError
+    from ..evaluation.rewards import accuracy
+
+    found = []
+    for name in names:
+        if name == "accuracy":
+            found.append(accuracy)
+            continue
+        module, _, attribute = name.rpartition(".")
+        if not module:
+            raise MamaError(f"`reward_funcs` has {name!r}: use accuracy, or a dotted path such as my_rewards.length.")
+        if os.getcwd() not in sys.path:
+            sys.path.insert(0, os.getcwd())
+        try:
+            found.append(getattr(importlib.import_module(module), attribute))
+        except (ImportError, AttributeError) as error:
+            raise MamaError(f"`reward_funcs` has {name!r}, which cannot be imported: {error}.") from None
+    return found
+
+
+def main(training_args, script_args, model_args, dataset_args) -> None:
+    from ..errors import MamaError
+    from ..grpo import MamaGRPOTrainer
+    from . import common, data, training
+
+    resume = training.check_run(script_args, training_args, model_args)
+    rewards = reward_functions(script_args.reward_funcs)
+    train_data, eval_data = data.prepared(script_args, training_args, dataset_args, completions=False)
+    columns = list(train_data.column_names or ["prompt", "answer"])
+    for column, needed in (("prompt", True), ("answer", "accuracy" in script_args.reward_funcs)):
+        if needed and column not in columns:
+            raise MamaError(f"the dataset has no column `{column}`, only {', '.join(columns)}: rename one.")
+    tokenizer = common.load_tokenizer(model_args.model_name_or_path)
+    if script_args.chat and tokenizer.chat_template is None:
+        raise MamaError(f"`chat` is set, but {model_args.model_name_or_path} has no chat template: leave it out.")
+    training.model_options(training_args, model_args)
+    trainer = MamaGRPOTrainer(
+        model_args.model_name_or_path, rewards, args=training_args, train_dataset=train_data, eval_dataset=eval_data,
+        processing_class=tokenizer,
+    )
+    training.train(trainer, resume, script_args.dataset_name)
+
+
+def run(argv: list[str]) -> int:
+    from . import training
+
+    parsed = training.parse(make_parser(), argv)
+    if parsed is not None:
+        main(*parsed)
+    return 0

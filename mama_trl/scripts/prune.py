@@ -1,0 +1,60 @@
+"""`mama prune`: one-shot pruning of a saved model."""
+
+from . import common
+
+DESCRIPTION = """Prune a saved model without training it, block by block.
+
+  mama prune MODEL --sparsity 0.7 --calibration text.txt --output pruned
+
+writes an ordinary model with zeros in OUTPUT, which loads with AutoModelForCausalLM.from_pretrained, and its masks in
+OUTPUT/mama, which `mama sft`, `mama grpo` and `mama distill` keep."""
+
+
+def make_parser():
+    parser = common.CommandParser("prune", DESCRIPTION)
+    parser.add_argument("model", metavar="MODEL", help="model folder or hub id")
+    parser.add_argument("--output", required=True, metavar="DIR", help="folder for the pruned model")
+    parser.add_argument("--sparsity", type=common.share, default=0.5, help="pruned share, in [0, 1) (default 0.5)")
+    parser.add_argument(
+        "--method", default="mama", help="mama (default: mask and redistribution together), magnitude, wanda, sparsegpt"
+    )
+    parser.add_argument("--pattern", default="unstructured", help="unstructured (default), or N:M such as 2:4")
+    parser.add_argument(
+        "--calibration", metavar="FILE",
+        help="text to measure activations on: .txt, .jsonl with `text`, or a datasets name; only magnitude needs none",
+    )
+    parser.add_calibration()
+    parser.add_measuring()
+    return parser
+
+
+def main(args) -> None:
+    from ..config import check_choice, check_sparsity, parse_pattern
+    from ..errors import MamaError
+    from ..oneshot import METHODS, prune
+
+    check_sparsity(args.sparsity)
+    check_choice(args.method, METHODS, "method")
+    parse_pattern(args.pattern)
+    common.check_model_source(args.model)
+    if args.calibration is None and args.method != "magnitude":
+        raise MamaError(f"`calibration` is missing: {args.method} measures activations on a text; give a file.")
+    output = common.check_output_dir(args.output, args.overwrite, args.model)
+    tokenizer = common.load_tokenizer(args.model)
+    rows = None
+    if args.calibration is not None:
+        length = common.sequence_length(args.model, args.sequence_length)
+        rows = common.calibration_rows(tokenizer, args.calibration, length, args.calibration_tokens, args.seed)
+    model = common.load_model(args.model, args.dtype)
+    masks = prune(model, rows, args.method, args.sparsity, args.pattern, batch_size=args.batch_size)
+    output.mkdir(parents=True, exist_ok=True)
+    common.remove_model_files(output)
+    model.save_pretrained(output)
+    tokenizer.save_pretrained(output)
+    masks.save(output)
+    print(f"{masks.sparsity():.2%} of the prunable weights are zero ({args.method}, {args.pattern}): {output}")
+
+
+def run(argv: list[str]) -> int:
+    main(make_parser().parse_args(argv))
+    return 0

@@ -1,0 +1,38 @@
+"""`mama report`: the HTML report of a finished run, from its numbers."""
+
+import json
+from pathlib import Path
+
+from ..errors import MamaError
+from .common import CommandParser
+
+DESCRIPTION = """Rebuild report.html and the plots of a finished run from its report.json.
+
+  mama report runs/demo"""
+
+
+def make_parser():
+    parser = CommandParser("report", DESCRIPTION)
+    parser.add_argument("run", metavar="RUN", help="the run's folder")
+    return parser
+
+
+def main(args) -> None:
+    path = Path(args.run).expanduser() / "report.json"
+    if not path.is_file():
+        raise MamaError(f"{path} does not exist: give the folder of a finished run, such as runs/demo.")
+    try:
+        numbers = json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise MamaError(f"{path} is no valid JSON ({error}): run again.") from None
+    from ..report import write_report
+    from ..report.summary import print_summary
+
+    page = write_report(numbers, path.parent)
+    print_summary(numbers)
+    print(f"report: {page}")
+
+
+def run(argv: list[str]) -> int:
+    main(make_parser().parse_args(argv))
+    return 0

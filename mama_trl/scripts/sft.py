@@ -1,0 +1,44 @@
+"""`mama sft`: TRL's SFTTrainer with one callback."""
+
+DESCRIPTION = """Fine-tune a model on demonstrations; record trajectories and prune on a schedule.
+
+  mama sft --model_name_or_path MODEL --dataset_name data.jsonl --sparsity 0.5 --output_dir runs/sft
+
+The data has a column `text`, `messages`, `prompt` and `completion`, or `question` and `answer`. --sparsity 0 only
+records. Masks and statistics beside MODEL are taken up; the new ones are saved in OUTPUT_DIR/mama."""
+
+
+def make_parser():
+    from trl import DatasetMixtureConfig, ModelConfig, SFTConfig
+
+    from ..config import MamaConfig
+    from . import training
+
+    types = (MamaConfig, training.TrainingArguments, SFTConfig, ModelConfig, DatasetMixtureConfig)
+    return training.make_parser(types, "sft", DESCRIPTION)
+
+
+def main(config, script_args, training_args, model_args, dataset_args) -> None:
+    from trl import SFTTrainer
+
+    from ..callback import MamaCallback
+    from . import common, data, training
+
+    resume = training.check_run(script_args, training_args, model_args)
+    train_data, eval_data = data.prepared(script_args, training_args, dataset_args, completions=True)
+    training.model_options(training_args, model_args)
+    trainer = SFTTrainer(
+        model_args.model_name_or_path, args=training_args, train_dataset=train_data, eval_dataset=eval_data,
+        processing_class=common.load_tokenizer(model_args.model_name_or_path),
+        callbacks=[MamaCallback(config, stage="sft")],
+    )
+    training.train(trainer, resume, script_args.dataset_name)
+
+
+def run(argv: list[str]) -> int:
+    from . import training
+
+    parsed = training.parse(make_parser(), argv)
+    if parsed is not None:
+        main(*parsed)
+    return 0

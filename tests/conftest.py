@@ -1,0 +1,82 @@
+"""Tiny real models of several architectures, a real tokenizer and real text, all made here."""
+
+import os
+
+os.environ.setdefault("OMP_NUM_THREADS", "2")
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+import inspect
+
+import pytest
+import torch
+from transformers import (
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    OPTConfig,
+    OPTForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
+
+from mama_trl.demo.tokenizer import train_tokenizer
+
+VOCAB = 384
+
+
+@pytest.fixture(scope="session")
+def text() -> str:
+    """Real text: sources of two modules of the standard library."""
+    import argparse
+    import textwrap
+
+    return inspect.getsource(textwrap) + inspect.getsource(argparse)[:40000]
+
+
+@pytest.fixture(scope="session")
+def tokenizer(text):
+    return train_tokenizer([text], VOCAB)
+
+
+def tiny(architecture: str, vocab: int = VOCAB, seed: int = 0):
+    """A random model of a few ten thousand parameters; seeds give different weights."""
+    torch.manual_seed(seed)
+    special = {"pad_token_id": 0, "eos_token_id": 1, "bos_token_id": None}
+    llama_like = {
+        "vocab_size": vocab, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2,
+        "num_attention_heads": 2, "num_key_value_heads": 1, "max_position_embeddings": 128, **special,
+    }
+    if architecture == "llama":
+        model = LlamaForCausalLM(LlamaConfig(**llama_like, attention_bias=True, mlp_bias=True, tie_word_embeddings=True))
+    elif architecture == "qwen3":
+        model = Qwen3ForCausalLM(Qwen3Config(**llama_like, head_dim=16))
+    elif architecture == "gpt2":
+        model = GPT2LMHeadModel(GPT2Config(vocab_size=vocab, n_embd=32, n_layer=2, n_head=2, n_positions=128, **special))
+    elif architecture == "opt":
+        model = OPTForCausalLM(
+            OPTConfig(
+                vocab_size=vocab, hidden_size=32, ffn_dim=64, num_hidden_layers=2, num_attention_heads=2,
+                max_position_embeddings=128, word_embed_proj_dim=32, **special,
+            )
+        )
+    else:
+        raise KeyError(architecture)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith("bias"):
+                parameter.normal_(std=0.02)  # zeros would hide a bias that is forgotten
+    return model
+
+
+@pytest.fixture
+def make_model():
+    return tiny
+
+
+@pytest.fixture
+def rows(tokenizer, text):
+    from mama_trl.evaluation import blocks
+
+    return blocks(tokenizer, text, 32)
