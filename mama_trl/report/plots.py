@@ -117,10 +117,13 @@ def trajectory(report: dict):
         axis.fill_between(data["steps"], data[f"{key}_p10"], data[f"{key}_p90"], color=colour, alpha=0.18, linewidth=0)
         axis.plot(data["steps"], data[key], color=colour, label=f"{key} in the end (mean, 10th to 90th percentile)")
     top = axis.get_ylim()[1]
-    for name, start in data["stages"]:
+    width = data["steps"][-1]
+    for index, (name, start) in enumerate(data["stages"]):
         axis.axvline(start, color=GREY, linewidth=0.8, linestyle=":")
-        axis.text(start, top, f" {name}", rotation=90, va="top", fontsize=8, color=GREY)
-    axis.set(xlabel="optimizer step, all stages", ylabel="|w|", ylim=(0, top))
+        # A short stage's name stands left of its line, so that it does not run into the next one.
+        left = index + 1 < len(data["stages"]) and data["stages"][index + 1][1] - start < 0.05 * width
+        axis.text(start, top, f" {name} ", va="top", ha="right" if left else "left", fontsize=8, color=GREY)
+    axis.set(xlabel="optimizer step, all stages", ylabel="|w|", ylim=(0, top * 1.02))
     axis.legend(loc="upper center", bbox_to_anchor=(0.5, 1.14), ncol=2, fontsize=8)
     return figure
 
