@@ -7,6 +7,7 @@ Add it to a plain `transformers.Trainer` or to any TRL trainer; nothing else cha
 
 import json
 import logging
+from dataclasses import fields
 from pathlib import Path
 from typing import Optional
 
@@ -14,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from transformers import TrainerCallback
 
-from .config import MamaConfig
+from .config import MamaConfig, parse_pattern
 from .errors import MamaError
 from .hub import write_card
 from .inputs import InputCapture
@@ -62,6 +63,7 @@ class MamaCallback(TrainerCallback):
         self._capture: Optional[InputCapture] = None
         self._history_every = 1
         self._numbers: dict = {}
+        self._attribution: Optional[dict] = None  # histogram at the last mask update, for the report
         self._skipped_seen = 0
 
     # ------------------------------------------------------------------ events
@@ -156,7 +158,9 @@ class MamaCallback(TrainerCallback):
             self.masks.save(folder)
         self.trajectory.save(folder)
         self._capture.save(folder)
-        state = {"stage": self.stage, "sparsity": self.sparsity, "config": vars_of(self.config)}
+        state = {"stage": self.stage, "sparsity": self.sparsity, "config": fields_of(self.config)}
+        if self._attribution is not None:
+            state["attribution"] = self._attribution
         path = Path(folder) / FOLDER / STATE_FILE
         write_atomically(path, lambda temporary: temporary.write_text(json.dumps(state, indent=1)))
 
@@ -187,8 +191,6 @@ class MamaCallback(TrainerCallback):
         return found
 
     def _check_pattern(self) -> None:
-        from .config import parse_pattern
-
         group = parse_pattern(self.config.pattern)
         for target in self.targets if group and self.config.sparsity > 0 else []:
             if target.shape[1] % group[1]:
@@ -208,6 +210,8 @@ class MamaCallback(TrainerCallback):
                     "checkpoint written with MamaCallback."
                 )
             self._capture.load(folder)
+            stored = json.loads((folder / FOLDER / STATE_FILE).read_text(encoding="utf-8"))
+            self._attribution = stored.get("attribution")
         else:
             folder = _beside(self._model) if self.config.inherit_masks else None
         if folder is not None:
@@ -238,6 +242,8 @@ class MamaCallback(TrainerCallback):
         self.masks = update_masks(
             self._model, self.targets, self.config, sparsity, calibration, self.trajectory, optimizer
         )
+        if self.trajectory.recorded("reward"):
+            self._attribution = self.trajectory.histogram("reward", self.masks)
 
     def _sample(self, step: int) -> None:
         self.trajectory.sample(step, self.stage, [target.name for target in self.targets])
@@ -253,10 +259,8 @@ class MamaCallback(TrainerCallback):
             state.best_global_step = None
 
 
-def vars_of(config: MamaConfig) -> dict:
+def fields_of(config: MamaConfig) -> dict:
     """The fields of `MamaConfig` alone, also of a training config that inherits them."""
-    from dataclasses import fields
-
     return {f.name: getattr(config, f.name) for f in fields(MamaConfig)}
 
 

@@ -493,7 +493,7 @@ def _report(run: Run) -> Path:
             "distill_loss": {"mama": final["loss"], **baselines["loss"]},
         },
         "sparsity_by_matrix": final["by_matrix"],
-        "attribution": attribution_histogram(run.path("grpo"), masks),
+        "attribution": attribution_histogram(run.path("grpo")),
         "trajectory": trajectory_curves(run.path("distill"), masks),
         "samples": [{"prompt": p, "dense": d, "pruned": s} for p, d, s in samples],
     }

@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from .errors import MamaError
-from .masks import FOLDER, write_atomically
+from .masks import FOLDER, MaskSet, write_atomically
 from .shards import Shard
 
 FILE = "statistics.safetensors"
@@ -92,6 +92,22 @@ class Trajectory:
         """The indicator per parameter, fp32, in parameter layout; the reward's mean square as its root."""
         values = {key: tensor.float() for key, tensor in self.values[name].items()}
         return {key: tensor.sqrt() for key, tensor in values.items()} if name == "reward" else values
+
+    def histogram(self, name: str, masks: MaskSet, bins: int = 48) -> dict:
+        """Bin counts of log10 of an indicator, relative to its mean, apart for kept and pruned connections.
+
+        Taken at a mask update, since a pruned connection's attribution is zero ever after.
+        """
+        values = {key: value for key, value in self.importance(name).items() if key in masks.names}
+        mean = sum(value.sum() for value in values.values()) / sum(value.numel() for value in values.values())
+        edges = torch.linspace(-3, 2, bins + 1)
+        counts = {"kept": torch.zeros(bins), "pruned": torch.zeros(bins)}
+        for key, value in values.items():
+            logs = (value / mean.clamp_min(1e-38)).clamp_min(1e-6).log10().clamp(-3, 2).cpu()
+            mask = masks.mask(key).cpu()
+            counts["kept"] += torch.histogram(logs[mask], edges).hist
+            counts["pruned"] += torch.histogram(logs[~mask], edges).hist
+        return {"edges_log10": edges.tolist(), **{key: value.long().tolist() for key, value in counts.items()}}
 
     def recorded(self, name: str) -> bool:
         return name in self.values and bool(self.counts[name] > 0)

@@ -7,24 +7,14 @@ from pathlib import Path
 import torch
 from safetensors import safe_open
 
+from ..callback import STATE_FILE
 from ..masks import FOLDER, MaskSet
 from ..trajectory import FILE, take_sample
 
 
-def attribution_histogram(folder: str | Path, masks: MaskSet, bins: int = 48) -> dict:
-    """Counts of log10 of the reward attribution, apart for kept and pruned connections.
-
-    The attribution is divided by its mean over all connections first, so 0 is an average connection.
-    """
-    with safe_open(Path(folder) / FOLDER / FILE, "pt") as file:
-        values = {name: file.get_tensor(f"reward/{name}").float().sqrt() for name in masks.names}
-    mean = sum(v.sum() for v in values.values()) / sum(v.numel() for v in values.values())
-    logs = {name: (value / mean).clamp_min(1e-6).log10() for name, value in values.items()}
-    kept = torch.cat([logs[name][masks.mask(name)] for name in masks.names])
-    pruned = torch.cat([logs[name][~masks.mask(name)] for name in masks.names])
-    edges = torch.linspace(-3, 2, bins + 1)
-    count = lambda x: torch.histogram(x.clamp(-3, 2), edges).hist.long().tolist()  # noqa: E731
-    return {"edges_log10": edges.tolist(), "kept": count(kept), "pruned": count(pruned)}
+def attribution_histogram(folder: str | Path) -> dict | None:
+    """What the last mask update saw: the reward attribution of kept and pruned connections, as bin counts."""
+    return json.loads((Path(folder) / FOLDER / STATE_FILE).read_text(encoding="utf-8")).get("attribution")
 
 
 def trajectory_curves(folder: str | Path, masks: MaskSet) -> dict:

@@ -130,8 +130,8 @@ def trajectory(report: dict):
 
 def distillation(report: dict):
     """KL to the teacher over the distillation steps of every method."""
-    losses = report.get("history", {}).get("distill_loss")
-    if not losses:
+    losses = report.get("history", {}).get("distill_loss", {})
+    if not any(losses.values()):
         return None
     figure, axis = plt.subplots(figsize=(7, 3.4))
     for name, curve in losses.items():
