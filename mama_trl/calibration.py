@@ -100,23 +100,25 @@ def blockwise(
         for index, (name, block) in enumerate(blocks):
             own = [t for t in targets if t.module_name.startswith(name + ".")]
 
-            def forward(keep: bool = False):
-                for i, states in enumerate(hidden):
-                    args, kwargs = keywords[states.shape[0]][index]
-                    out = block(states, *args, **kwargs)
-                    if keep:
-                        hidden[i] = out[0] if isinstance(out, tuple) else out
-
             if own:
-                visit(own, collect(block, own, forward))
-            forward(keep=True)
+                visit(own, collect(block, own, lambda: _run(block, index, hidden, keywords)))
+            _run(block, index, hidden, keywords, keep=True)
             if on_block:
                 on_block(index + 1, len(blocks))
-        del hidden
+        hidden.clear()
         outside = [t for t in targets if t.block is None]
         if outside:
             grams = collect(model, outside, lambda: [model(input_ids=b, use_cache=False) for b in batches])
             visit(outside, grams)
+
+
+def _run(block: nn.Module, index: int, hidden: list[Tensor], keywords: dict, keep: bool = False) -> None:
+    """One block over all batches; `keep` replaces its inputs by its outputs."""
+    for i, states in enumerate(hidden):
+        args, kwargs = keywords[states.shape[0]][index]
+        out = block(states, *args, **kwargs)
+        if keep:
+            hidden[i] = out[0] if isinstance(out, tuple) else out
 
 
 def _first_inputs(model: nn.Module, block: nn.Module, batch: Tensor) -> Tensor:

@@ -63,6 +63,7 @@ class MamaCallback(TrainerCallback):
         self._capture: Optional[InputCapture] = None
         self._history_every = 1
         self._numbers: dict = {}
+        self._protocol = ""
         self._attribution: Optional[dict] = None  # histogram at the last mask update, for the report
         self._skipped_seen = 0
 
@@ -70,7 +71,7 @@ class MamaCallback(TrainerCallback):
 
     @torch.no_grad()
     def on_train_begin(self, args, state, control, model=None, optimizer=None, **kwargs):
-        check_engine(model, args)
+        check_engine(model)
         self._model = unwrap(model)
         self.targets = find_targets(self._model, self.config.target_modules, self.config.exclude_modules)
         check_weights(self.targets)
@@ -119,6 +120,8 @@ class MamaCallback(TrainerCallback):
             state.log_history[-1].update(self.metrics())
 
     def on_evaluate(self, args, state, control, metrics=None, **kwargs):
+        length = getattr(args, "max_length", None)
+        self._protocol = f"evaluated at step {state.global_step}" + (f", sequences of {length}" if length else "")
         self._numbers = {key: value for key, value in (metrics or {}).items() if isinstance(value, (int, float))}
 
     def on_save(self, args, state, control, **kwargs):
@@ -173,6 +176,7 @@ class MamaCallback(TrainerCallback):
             "budget": self.config.budget,
             "redistribution": self.config.redistribution,
             "stage": self.stage,
+            "protocol": self._protocol,
             "numbers": self._numbers,
         }
 

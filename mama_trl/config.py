@@ -159,7 +159,8 @@ class MamaConfig:
         if (self.mask_start < 1) == (self.mask_end < 1) and self.mask_end < self.mask_start:
             if self.mask_schedule == "cubic":
                 raise MamaError(
-                    f"`mask_end` is {self.mask_end!r}, before `mask_start` ({self.mask_start!r}): let the ramp end later."
+                    f"`mask_end` is {self.mask_end!r}, before `mask_start` ({self.mask_start!r}): let the ramp end "
+                    "later."
                 )
         if self.mask_interval < 1:
             raise MamaError(f"`mask_interval` is {self.mask_interval!r}: use at least 1 step.")

@@ -17,6 +17,7 @@ def card_text(facts: dict) -> str:
         "",
     ]
     if facts["numbers"]:
+        lines += [f"Measured by the Trainer's own evaluation, {facts['protocol']}:", ""]
         lines += ["| measure | value |", "|---|---|"]
         lines += [f"| {name} | {value:.6g} |" for name, value in facts["numbers"].items()]
         lines += [""]
@@ -52,11 +53,23 @@ class PruningCard:
         super().log(logs, *args, **kwargs)
 
 
-def first_in_log(trainer) -> None:
-    """Moves `MamaCallback`s before the reporting callbacks, so that these see the `mama/` metrics.
+def connect(trainer) -> None:
+    """For a plain Trainer with a `MamaCallback`: metrics reach every integration, the model card tells of masks.
 
-    A Trainer appends a user's callbacks behind W&B's and TensorBoard's, and all share one `logs` dictionary.
+    A Trainer appends a user's callbacks behind W&B's and TensorBoard's, and all share one `logs` dictionary, so
+    ours is moved to the front; and the card that `push_to_hub` writes gets the pruning section.
     """
     from .callback import MamaCallback
 
-    trainer.callback_handler.callbacks.sort(key=lambda callback: not isinstance(callback, MamaCallback))
+    callbacks = trainer.callback_handler.callbacks
+    callbacks.sort(key=lambda callback: not isinstance(callback, MamaCallback))
+    if hasattr(trainer, "mama") or not isinstance(callbacks[0], MamaCallback):
+        return
+    write = trainer.create_model_card
+
+    def create_model_card(*args, **kwargs):
+        write(*args, **kwargs)
+        if trainer.is_world_process_zero():
+            add_to_card(Path(trainer.args.output_dir) / "README.md", callbacks[0].card())
+
+    trainer.create_model_card = create_model_card

@@ -23,7 +23,6 @@ from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
     PrinterCallback,
-    TrainerCallback,
     set_seed,
 )
 from transformers.utils.logging import disable_progress_bar
@@ -231,8 +230,8 @@ def _claim(run: Run, overwrite: bool) -> None:
     if path.exists():
         if json.loads(path.read_text()) != settings:
             raise MamaError(
-                f"`output_dir` {run.folder} holds a run with other settings: choose another folder, or give --overwrite "
-                "to delete it."
+                f"`output_dir` {run.folder} holds a run with other settings: choose another folder, or give "
+                "--overwrite to delete it."
             )
     elif run.folder.exists() and any(run.folder.iterdir()):
         raise MamaError(

@@ -58,7 +58,8 @@ def least_squares(
         guess += step * direction
         residual -= step * product
         fresh = residual.square().sum(1, keepdim=True)
-        direction = residual + torch.where(square > 0, fresh / square.clamp_min(1e-30), torch.zeros_like(square)) * direction
+        turn = torch.where(square > 0, fresh / square.clamp_min(1e-30), torch.zeros_like(square))
+        direction = residual + turn * direction
         square = fresh
     return guess / scale * mask
 

@@ -9,8 +9,10 @@ from dataclasses import dataclass
 from typing import Optional
 
 import torch
-from accelerate.utils import extract_model_from_parallel
+from accelerate.state import AcceleratorState
+from accelerate.utils import DistributedType, extract_model_from_parallel
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from .errors import MamaError
 
@@ -43,15 +45,18 @@ def unwrap(model: nn.Module) -> nn.Module:
     return extract_model_from_parallel(model, keep_torch_compile=False)
 
 
-def check_engine(model: nn.Module, args) -> None:
-    """Raises `MamaError` for an engine whose shards are not supported."""
-    if getattr(args, "deepspeed", None) or any(hasattr(p, "ds_id") for p in model.parameters()):
+def check_engine(model: nn.Module) -> None:
+    """Raises `MamaError` for an engine whose shards are not supported, or for quantized weights."""
+    engine = AcceleratorState().distributed_type if AcceleratorState._shared_state else DistributedType.NO
+    if engine == DistributedType.DEEPSPEED or any(hasattr(p, "ds_id") for p in model.parameters()):
         raise MamaError(
             "MAMA masks are not supported under DeepSpeed yet: launch with --accelerate_config single or ddp."
         )
-    sharded = any(type(p).__name__ == "DTensor" or hasattr(p.data, "device_mesh") for p in model.parameters())
-    if sharded or any(type(m).__name__ == "FullyShardedDataParallel" for m in model.modules()):
-        raise MamaError("MAMA masks are not supported under FSDP yet: launch with --accelerate_config single or ddp.")
+    if engine == DistributedType.FSDP or any(isinstance(p.data, DTensor) for p in model.parameters()):
+        raise MamaError(
+            "MAMA masks are not supported under FSDP or tensor parallelism yet: launch with --accelerate_config "
+            "single or ddp."
+        )
     if any(not p.is_floating_point() for p in model.parameters()):
         raise MamaError("the model holds quantized (8-bit or 4-bit) weights, which cannot be pruned: load it in bf16.")
 
@@ -67,11 +72,18 @@ def second_moment(optimizer, parameter: nn.Parameter) -> Optional[Tensor]:
 
 
 def gather_rows(rows: Tensor) -> Tensor:
-    """Concatenates each rank's (n, L) rows in rank order, so that every rank sees the same; n is equal."""
+    """Concatenates each rank's (n, L) rows in rank order, so that every rank sees the same.
+
+    Ranks may have seen different amounts: all are cut to the smallest n and L among them.
+    """
     if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
         return rows
+    smallest = torch.tensor(rows.shape, device=rows.device)
+    torch.distributed.all_reduce(smallest, torch.distributed.ReduceOp.MIN)
+    count, length = smallest.tolist()
+    rows = rows[:count, :length].contiguous()
     parts = [torch.empty_like(rows) for _ in range(torch.distributed.get_world_size())]
-    torch.distributed.all_gather(parts, rows.contiguous())
+    torch.distributed.all_gather(parts, rows)
     return torch.cat(parts)
 
 

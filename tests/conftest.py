@@ -49,11 +49,13 @@ def tiny(architecture: str, vocab: int = VOCAB, seed: int = 0):
         "num_attention_heads": 2, "num_key_value_heads": 1, "max_position_embeddings": 128, **special,
     }
     if architecture == "llama":
-        model = LlamaForCausalLM(LlamaConfig(**llama_like, attention_bias=True, mlp_bias=True, tie_word_embeddings=True))
+        biased = {"attention_bias": True, "mlp_bias": True, "tie_word_embeddings": True}
+        model = LlamaForCausalLM(LlamaConfig(**llama_like, **biased))
     elif architecture == "qwen3":
         model = Qwen3ForCausalLM(Qwen3Config(**llama_like, head_dim=16))
     elif architecture == "gpt2":
-        model = GPT2LMHeadModel(GPT2Config(vocab_size=vocab, n_embd=32, n_layer=2, n_head=2, n_positions=128, **special))
+        shape = {"n_embd": 32, "n_layer": 2, "n_head": 2, "n_positions": 128}
+        model = GPT2LMHeadModel(GPT2Config(vocab_size=vocab, **shape, **special))
     elif architecture == "opt":
         model = OPTForCausalLM(
             OPTConfig(

@@ -8,8 +8,8 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from mama_trl.cli import COMMANDS, TRAINING, main
 from mama_trl.errors import MamaError
-from mama_trl.masks import MaskSet
 from mama_trl.evaluation.rewards import accuracy, last_number
+from mama_trl.masks import MaskSet
 from mama_trl.scripts import common, data, training
 
 from .tiny_tokenizer import tiny_tokenizer

@@ -24,7 +24,8 @@ def report():
         for i, name in enumerate(names)
     }
     steps = list(range(0, 100, 10))
-    band = {f"{k}{suffix}": [0.1 + 0.001 * s for s in steps] for k in ("kept", "pruned") for suffix in ("", "_p10", "_p90")}
+    curve = [0.1 + 0.001 * step for step in steps]
+    band = {f"{k}{suffix}": curve for k in ("kept", "pruned") for suffix in ("", "_p10", "_p90")}
     return {
         "title": "A run <script>alert(1)</script>",
         "versions": {"python": "3.11"},
@@ -38,7 +39,10 @@ def report():
         "dense": {"perplexity": 40.0, "accuracy": 0.98, "bytes": 4000000},
         "pruned": {"sparsity": 0.8, "perplexity": 41.5, "accuracy": 0.96, "bytes": 4000000, "bytes_packed": 1300000},
         "baselines": result,
-        "mama_stages": {"oneshot": {"perplexity": 45.0, "accuracy": 0.9}, "grpo": {"perplexity": 42.0, "accuracy": 0.95}},
+        "mama_stages": {
+            "oneshot": {"perplexity": 45.0, "accuracy": 0.9},
+            "grpo": {"perplexity": 42.0, "accuracy": 0.95},
+        },
         "history": {
             "sparsity": [[1, 0.0], [2, 0.8]], "reward": [[1, 0.9], [2, 0.5]],
             "distill_loss": {"mama": [[1, 0.5], [2, 0.1]], "wanda": [[1, 1.0], [2, 0.4]]},

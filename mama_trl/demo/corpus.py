@@ -8,7 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 # Tests, bundled third parties and files that are mostly generated tables are no good text.
-SKIPPED = {"test", "tests", "idlelib", "site-packages", "dist-packages", "lib2to3", "encodings", "pydoc_data", "turtledemo"}
+SKIPPED = {
+    "test", "tests", "idlelib", "site-packages", "dist-packages", "lib2to3", "encodings", "pydoc_data", "turtledemo",
+}
 
 
 @dataclass(frozen=True)

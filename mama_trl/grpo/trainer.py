@@ -6,6 +6,7 @@ from torch import Tensor
 from trl import GRPOTrainer
 
 from ..callback import MamaCallback
+from ..errors import MamaError
 from ..hub import PruningCard
 from .config import MamaGRPOConfig
 
@@ -25,7 +26,7 @@ class MamaGRPOTrainer(PruningCard, GRPOTrainer):
     With a KL penalty, entropy bonus or auxiliary loss these share the backward pass and so the attribution.
 
     Args:
-        args (`MamaGRPOConfig`): configuration; a plain `GRPOConfig` is refused.
+        args (`MamaGRPOConfig`): configuration; a plain `GRPOConfig` raises `MamaError`.
         calibration: token ids, int64 (n, sequence_length), for grams; default: the newest prompts and
             completions that the policy was trained on.
         Others as in `trl.GRPOTrainer`.
@@ -33,8 +34,18 @@ class MamaGRPOTrainer(PruningCard, GRPOTrainer):
 
     _tag_names = ["trl", "grpo", "mama", "pruning"]
 
-    def __init__(self, model, reward_funcs, args: Optional[MamaGRPOConfig] = None, *, calibration: Optional[Tensor] = None, **kwargs):
+    def __init__(
+        self,
+        model,
+        reward_funcs,
+        args: Optional[MamaGRPOConfig] = None,
+        *,
+        calibration: Optional[Tensor] = None,
+        **kwargs,
+    ):
         args = args if args is not None else MamaGRPOConfig()
+        if not isinstance(args, MamaGRPOConfig):
+            raise MamaError(f"`args` is a {type(args).__name__}: MamaGRPOTrainer takes a MamaGRPOConfig.")
         self.mama = RewardCallback(args, calibration, stage="grpo")
         super().__init__(model, reward_funcs, args=args, **kwargs)
         self.mama.trainer = self

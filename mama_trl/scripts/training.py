@@ -17,7 +17,7 @@ from trl import ScriptArguments, TrlParser
 
 from ..config import MamaConfig
 from ..errors import MamaError
-from ..hub import first_in_log
+from ..hub import connect
 from .common import check_model_source, check_output_dir, first_line, holds_something, nearest
 
 logger = logging.getLogger(__name__)
@@ -286,7 +286,7 @@ def model_options(training_args, model_args) -> dict:
 
 def train(trainer, resume, dataset_name: Optional[str]) -> None:
     """Trains, saves model, tokenizer and masks into `output_dir`, and pushes them if asked to."""
-    first_in_log(trainer)
+    connect(trainer)
     trainer.train(resume_from_checkpoint=resume)
     args = trainer.args
     trainer.save_model(args.output_dir)
