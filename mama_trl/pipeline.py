@@ -293,7 +293,7 @@ def _dataset(run: Run, steps: int, batch: int, task_share: float) -> Dataset:
         labels.append(rows[label][chosen])
     order = torch.randperm(need, generator=generator)
     columns = {"input_ids": torch.cat(inputs)[order].tolist(), "labels": torch.cat(labels)[order].tolist()}
-    return Dataset.from_dict(columns).with_format("torch")
+    return Dataset.from_dict(columns)
 
 
 def _train(trainer, label: str) -> list[dict]:

@@ -45,7 +45,7 @@ class MamaDistillationTrainer(PruningCard, SFTTrainer):
     ):
         args = args if args is not None else MamaDistillationConfig()
         if not isinstance(args, MamaDistillationConfig):
-            raise MamaError(f"`args` is a {type(args).__name__}: MamaDistillationTrainer takes a MamaDistillationConfig.")
+            raise MamaError(f"`args` is a {type(args).__name__}: this trainer takes a MamaDistillationConfig.")
         teacher_model = teacher_model if teacher_model is not None else args.teacher_model_name_or_path
         if teacher_model is None:
             raise MamaError(

@@ -1,6 +1,7 @@
 """`mama run`: the whole way, from a recipe to a report."""
 
 import json
+import warnings
 from pathlib import Path
 
 from ..errors import MamaError
@@ -25,6 +26,8 @@ def make_parser():
 def main(args) -> None:
     if not Path(args.recipe).is_file():
         raise MamaError(f"{args.recipe} is no file: give a recipe such as configs/demo.yaml.")
+    # TRL sets an argument by the name that transformers has just renamed: nothing a reader could act on.
+    warnings.filterwarnings("ignore", message=".*gradient_checkpointing.*", category=FutureWarning)
     from ..pipeline import run_pipeline
     from ..report.summary import print_summary
 
