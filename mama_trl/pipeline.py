@@ -434,9 +434,11 @@ def _report(run: Run) -> Path:
     model, teacher = run.load("distill"), run.load("sft")
     masks = MaskSet.load(run.path("distill"))
     prompts = [p for p, _ in run.sums().heldout[:3]] + ["def __init__(self", "import "]
-    samples = zip(
-        prompts, generate(teacher, tokenizer, prompts, 16), generate(model, tokenizer, prompts, 16), strict=True
-    )
+    # A sum's completion ends with its line; the models would go on with the next one.
+    samples = [
+        [text.split("\n")[0] if prompt.endswith("=") else text for prompt, text in zip(prompts, texts)]
+        for texts in (generate(teacher, tokenizer, prompts, 16), generate(model, tokenizer, prompts, 16))
+    ]
     measured = ("perplexity", "accuracy")
     calibration_tokens = run.calibration().numel()
     distill_steps = final["steps"]
@@ -494,7 +496,7 @@ def _report(run: Run) -> Path:
         "sparsity_by_matrix": final["by_matrix"],
         "attribution": attribution_histogram(run.path("grpo")),
         "trajectory": trajectory_curves(run.path("distill"), masks),
-        "samples": [{"prompt": p, "dense": d, "pruned": s} for p, d, s in samples],
+        "samples": [{"prompt": p, "dense": d, "pruned": s} for p, d, s in zip(prompts, *samples)],
     }
     write_atomically(run.folder / "report.json", lambda temporary: temporary.write_text(json.dumps(report, indent=1)))
     return write_report(report, run.folder)

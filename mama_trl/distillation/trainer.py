@@ -87,7 +87,10 @@ class MamaDistillationTrainer(PruningCard, SFTTrainer):
             # `num_items_in_batch` counts every rank's tokens, and the gradients are averaged over ranks.
             loss = loss * self.accelerator.num_processes
         if mode == "train":
-            self._total_train_tokens += int(self.accelerator.gather(tokens).sum())
+            # All tokens that went in, as SFTTrainer counts them; the loss is over the trained ones only.
+            seen = inputs["attention_mask"].sum() if "attention_mask" in inputs else inputs["input_ids"].numel()
+            seen = torch.as_tensor(seen, device=tokens.device)
+            self._total_train_tokens += int(self.accelerator.gather(seen).sum())
         self._metrics[mode]["num_tokens"] = [self._total_train_tokens]
         self._metrics[mode]["mama/kl"].append((divergence.detach() / tokens.clamp(min=1)).item())
         return (loss, outputs) if return_outputs else loss
