@@ -1,27 +1,32 @@
 """How the total sparsity is shared among matrices."""
 
-import torch
+from typing import Optional
+
 from torch import Tensor
 
-from .selection import kept_count, threshold
+from . import ranks
+from .selection import find_cut, kept_count, kept_counts
 
 
 def uniform(sizes: list[int], sparsity: float) -> list[float]:
     return [sparsity] * len(sizes)
 
 
-def global_densities(scores: list[Tensor], sparsity: float) -> list[float]:
-    """The density each matrix would have if all connections competed by `scores`."""
-    flat = torch.cat([score.reshape(-1).float() for score in scores])
-    value, ties = threshold(flat, kept_count(flat.numel(), sparsity))
-    del flat
-    densities = []
-    for score in scores:
-        above = int((score > value).sum())
-        level = min(ties, int((score == value).sum()))
-        ties -= level
-        densities.append((above + level) / score.numel())
-    return densities
+def global_densities(
+    scores: list[Tensor], sparsity: float, sizes: Optional[list[int]] = None, group: ranks.Group = None
+) -> list[float]:
+    """The density each matrix would have if all connections competed by `scores`.
+
+    Args:
+        scores: of each matrix, any shape, one dtype; with a `group` what this rank owns of it.
+        sizes: connections of each whole matrix; default those of `scores`.
+    """
+    sizes = sizes if sizes is not None else [score.numel() for score in scores]
+    keep = kept_count(sum(sizes), sparsity)
+    if keep >= sum(sizes):
+        return [1.0] * len(sizes)
+    kept = kept_counts(scores, find_cut(scores, keep, group), group)
+    return [count / size for count, size in zip(kept, sizes)]
 
 
 def blended(

@@ -15,19 +15,23 @@ import torch
 from torch import Tensor, nn
 from transformers import TrainerCallback
 
+from . import ranks
+from .checkpoints import STATE_FILE, cut_off, is_whole
 from .config import MamaConfig, parse_pattern
 from .errors import MamaError
 from .hub import write_card
 from .inputs import InputCapture
-from .masks import FOLDER, MaskSet, write_atomically
-from .pruning import check_weights, update_masks
+from .masks import STEM as MASKS
+from .masks import MaskSet
+from .pruning import Update, check_weights, update_masks
 from .schedule import Schedule
-from .shards import check_engine, gather_rows, shards_of, unwrap
+from .shards import Shard, engine_of, hook_steps, shards_of, unwrap
+from .storage import FOLDER, forget_others, write_atomically
 from .targets import Target, find_targets
+from .trajectory import STEM as STATISTICS
 from .trajectory import Trajectory
 
 logger = logging.getLogger(__name__)
-STATE_FILE = "state.json"
 HISTORY_POINTS = 40  # how often a stage writes down its sample of connections
 
 
@@ -59,44 +63,55 @@ class MamaCallback(TrainerCallback):
         self.trajectory: Optional[Trajectory] = None
         self.targets: list[Target] = []
         self.schedule: Optional[Schedule] = None
+        self.engine = ""  # one of shards.ENGINES, known when training begins
         self._model: Optional[nn.Module] = None
+        self._shards: dict[str, Shard] = {}
+        self._unhook: list = []  # under DeepSpeed, whose steps the Trainer's events do not see
         self._capture: Optional[InputCapture] = None
         self._history_every = 1
         self._numbers: dict = {}
         self._protocol = ""
         self._attribution: Optional[dict] = None  # histogram at the last mask update, for the report
-        self._skipped_seen = 0
 
     # ------------------------------------------------------------------ events
 
+    def on_init_end(self, args, state, control, **kwargs):
+        sentence = cut_off(args.output_dir)
+        if sentence and args.should_save:
+            logger.warning(sentence)
+
     @torch.no_grad()
     def on_train_begin(self, args, state, control, model=None, optimizer=None, **kwargs):
-        check_engine(model)
+        self.engine = engine_of(model)
         self._model = unwrap(model)
         self.targets = find_targets(self._model, self.config.target_modules, self.config.exclude_modules)
-        check_weights(self.targets)
+        self._check_trainable()
         self._check_pattern()
+        _check_limit(args)
+        self._shards = {shard.name: shard for shard in shards_of(self._followed())}
+        check_weights(list(self._shards.values()))
         config = self.config
         self.schedule = Schedule.resolve(
             config.mask_schedule, config.sparsity, config.mask_start, config.mask_end, config.mask_interval,
             state.max_steps,
         )
-        self.trajectory = Trajectory(shards_of(self._followed()), config.statistics)
+        self.trajectory = Trajectory(list(self._shards.values()), config.statistics)
         self._history_every = max(1, state.max_steps // HISTORY_POINTS)
         self._capture = InputCapture(self._model, config.calibration_tokens)
         self._restore(args, state)
+        self._release_hooks()
+        self._unhook = hook_steps(optimizer, self._record, self._apply)
         if state.global_step == 0:
             self._sample(0)
         self._watch_inputs(state.global_step)
 
-    @torch.no_grad()
     def on_pre_optimizer_step(self, args, state, control, **kwargs):
-        self.trajectory.record(self.updates)
+        if not self._unhook:
+            self._record()
 
-    @torch.no_grad()
     def on_optimizer_step(self, args, state, control, **kwargs):
-        if self.masks is not None:
-            self.masks.apply(self._model)
+        if not self._unhook:
+            self._apply()
 
     @torch.no_grad()
     def on_step_end(self, args, state, control, optimizer=None, **kwargs):
@@ -125,19 +140,20 @@ class MamaCallback(TrainerCallback):
         self._numbers = {key: value for key, value in (metrics or {}).items() if isinstance(value, (int, float))}
 
     def on_save(self, args, state, control, **kwargs):
-        if args.should_save:
-            self.save(Path(args.output_dir) / f"checkpoint-{state.global_step}")
+        self.save(Path(args.output_dir) / f"checkpoint-{state.global_step}")
         self._forget_best_below_target(state)
 
     def on_train_end(self, args, state, control, **kwargs):
+        self._release_hooks()
         if self._capture is not None:
             self._capture.stop()
-        if args.should_save:
-            self.save(args.output_dir)
+        self.save(args.output_dir)
 
     def on_push_begin(self, args, state, control, **kwargs):
+        # Only the main process comes here: where ranks share the masks, what the last save wrote is pushed.
         if args.should_save and self.trajectory is not None:
-            self.save(args.output_dir)
+            if ranks.everyone() is None:
+                self.save(args.output_dir)
             write_card(args.output_dir, self.card())
 
     # ------------------------------------------------------------------ what users call
@@ -156,16 +172,33 @@ class MamaCallback(TrainerCallback):
         return numbers
 
     def save(self, folder: str | Path) -> None:
-        """Writes masks, statistics and the callback's state into `folder/mama/`."""
-        if self.masks is not None:
-            self.masks.save(folder)
-        self.trajectory.save(folder)
+        """Writes masks, statistics and the callback's state into `folder/mama/`. Collective.
+
+        `state.json` comes last, after a barrier: where it is missing, the save was cut off.
+        """
+        everyone, first = ranks.everyone(), ranks.rank(ranks.everyone()) == 0
+        state_file = Path(folder) / FOLDER / STATE_FILE
+        group = self.trajectory.group
+        if first:
+            state_file.unlink(missing_ok=True)
+            for stem in (MASKS, STATISTICS):
+                forget_others(folder, stem, group)
+        ranks.wait(everyone)
+        if group is not None or first:
+            if self.masks is not None:
+                self.masks.save(folder)
+            self.trajectory.save(folder)
         self._capture.save(folder)
-        state = {"stage": self.stage, "sparsity": self.sparsity, "config": fields_of(self.config)}
-        if self._attribution is not None:
-            state["attribution"] = self._attribution
-        path = Path(folder) / FOLDER / STATE_FILE
-        write_atomically(path, lambda temporary: temporary.write_text(json.dumps(state, indent=1)))
+        ranks.wait(everyone)
+        if first:
+            state = {
+                "stage": self.stage, "sparsity": self.sparsity, "engine": self.engine, "ranks": ranks.size(everyone),
+                "config": fields_of(self.config),
+            }
+            if self._attribution is not None:
+                state["attribution"] = self._attribution
+            write_atomically(state_file, lambda temporary: temporary.write_text(json.dumps(state, indent=1)))
+        ranks.wait(everyone)
 
     def card(self) -> dict:
         """What the model card tells: sparsity, pattern, how it was pruned, and the last evaluation's numbers."""
@@ -185,6 +218,18 @@ class MamaCallback(TrainerCallback):
 
     # ------------------------------------------------------------------ inside
 
+    def _record(self) -> None:
+        self.trajectory.record(self.updates)
+
+    def _apply(self, buckets: Optional[set[int]] = None) -> None:
+        if self.masks is not None:
+            self.masks.apply(buckets=buckets)
+
+    def _release_hooks(self) -> None:
+        for undo in self._unhook:
+            undo()
+        self._unhook = []
+
     def _followed(self) -> list[tuple[str, nn.Parameter]]:
         """Weights and biases of the targets, by name."""
         found = []
@@ -193,6 +238,14 @@ class MamaCallback(TrainerCallback):
             if target.bias is not None:
                 found.append((f"{target.module_name}.bias", target.bias))
         return found
+
+    def _check_trainable(self) -> None:
+        for target in self.targets if self.engine not in ("single", "ddp") else []:
+            if not target.parameter.requires_grad:
+                raise MamaError(
+                    f"{target.name} is frozen, and {self.engine} keeps no optimizer copy of it that masks could be "
+                    "applied to: put it into `exclude_modules`, or let it train."
+                )
 
     def _check_pattern(self) -> None:
         group = parse_pattern(self.config.pattern)
@@ -208,10 +261,11 @@ class MamaCallback(TrainerCallback):
         resume = state.global_step > 0
         if resume:
             folder = _resumed_from(args, state)
-            if not (folder / FOLDER / STATE_FILE).exists():
+            if not is_whole(folder):
                 raise MamaError(
-                    f"{folder} has no {FOLDER}/ folder, so masks and statistics cannot be resumed: start from a "
-                    "checkpoint written with MamaCallback."
+                    cut_off(args.output_dir)
+                    or f"{folder} has no {FOLDER}/{STATE_FILE}, so masks and statistics cannot be resumed: start from "
+                    "a checkpoint written with MamaCallback."
                 )
             self._capture.load(folder)
             stored = json.loads((folder / FOLDER / STATE_FILE).read_text(encoding="utf-8"))
@@ -219,10 +273,9 @@ class MamaCallback(TrainerCallback):
         else:
             folder = _beside(self._model) if self.config.inherit_masks else None
         if folder is not None:
-            self.masks = MaskSet.load(folder)
+            self.masks = MaskSet.load(folder, self._model)
             if self.masks is not None:
-                self.masks.check(self._model, str(folder / FOLDER))
-                self.masks.apply(self._model)
+                self.masks.enforce()
             self.trajectory.load(folder, resume)
         if self.masks is None and self.config.mask_schedule == "hold" and self.config.sparsity > 0:
             raise MamaError(
@@ -237,17 +290,25 @@ class MamaCallback(TrainerCallback):
         self._capture.start() if wanted else self._capture.stop()
 
     def _update(self, sparsity: float, optimizer) -> None:
-        calibration = self.calibration if self.calibration is not None else self._capture.rows()
-        if calibration is not None:
-            device = next(self._model.parameters()).device
-            calibration = gather_rows(calibration.to(device)) if self.calibration is None else calibration.to(device)
         if sparsity < self.sparsity:
             return  # masks inherited from an earlier stage are sparser than the ramp is now
-        self.masks = update_masks(
-            self._model, self.targets, self.config, sparsity, calibration, self.trajectory, optimizer
+        update = Update(
+            self._model, self.targets, self._shards, self.config, self.trajectory, optimizer, self._own_calibration()
         )
+        self.masks = update_masks(update, sparsity)
         if self.trajectory.recorded("reward"):
             self._attribution = self.trajectory.histogram("reward", self.masks)
+
+    def _own_calibration(self) -> Optional[Tensor]:
+        """This rank's share of the calibration tokens, as many rows as every other rank has."""
+        everyone = ranks.everyone()
+        device = next(iter(self._shards.values())).parameter.device
+        rows = self._capture.rows()
+        if self.calibration is not None:
+            enough = len(self.calibration) >= ranks.size(everyone)
+            rows = self.calibration[ranks.rank(everyone) :: ranks.size(everyone)] if enough else self.calibration
+        count = ranks.smallest(0 if rows is None else len(rows), everyone, device)
+        return rows[:count].to(device) if count else None
 
     def _sample(self, step: int) -> None:
         self.trajectory.sample(step, self.stage, [target.name for target in self.targets])
@@ -261,6 +322,15 @@ class MamaCallback(TrainerCallback):
             state.best_metric = None
             state.best_model_checkpoint = None
             state.best_global_step = None
+
+
+def _check_limit(args) -> None:
+    """The Trainer deletes the old checkpoint before ours is written: with a limit of 1 a kill in between loses both."""
+    if args.save_total_limit == 1 and args.save_strategy != "no":
+        raise MamaError(
+            "`save_total_limit` is 1, so that a run killed while it saves would be left without a whole checkpoint: "
+            "set it to 2."
+        )
 
 
 def fields_of(config: MamaConfig) -> dict:

@@ -34,16 +34,18 @@ def curvature(weight: Tensor, second_moment: Tensor) -> Tensor:
     return weight.float().square() * second_moment.float().sqrt()
 
 
-def combine(scores: dict[str, Tensor], weights: dict[str, float]) -> Tensor:
+def combine(scores: dict[str, Tensor], weights: dict[str, float], means: Optional[dict[str, float]] = None) -> Tensor:
     """Weighted geometric mean: Π s_i^(w_i / Σ w). Free of each indicator's scale, so no normalisation.
 
-    A negative score (movement away from importance) counts as zero. Raises KeyError for a missing score.
+    A negative score (movement away from importance) counts as zero. `means` are those of the whole matrices where
+    `scores` are a part of them; they only keep powers of numbers near 1e-12 from underflowing. Raises KeyError for
+    a missing score.
     """
     total = sum(weights.values())
     result: Optional[Tensor] = None
     for name, weight in weights.items():
         factor = scores[name].float().clamp_min(0)
-        # Scaled by the mean first: powers of numbers near 1e-12 would underflow.
-        factor = (factor / factor.mean().clamp_min(1e-38)).pow(weight / total)
+        mean = factor.mean() if means is None else torch.as_tensor(means[name], device=factor.device)
+        factor = (factor / mean.clamp_min(1e-38)).pow(weight / total)
         result = factor if result is None else result * factor
     return result if result is not None else torch.empty(0)

@@ -7,9 +7,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from .masks import FOLDER, write_atomically
+from . import ranks
+from .storage import FOLDER, file_name, files_of, write_atomically
 
-FILE = "inputs.safetensors"
+STEM = "inputs"
 
 
 class InputCapture:
@@ -57,13 +58,17 @@ class InputCapture:
         return flat[: flat.numel() // length * length].view(-1, length)
 
     def save(self, folder: str | Path) -> None:
+        """Writes this rank's tokens into `folder/mama/`; ranks see different batches, so each keeps its own."""
         if self._handle is None or not self._batches:
             return
         tensors = {"tokens": torch.cat(self._batches), "length": torch.tensor(self._length)}
-        write_atomically(Path(folder) / FOLDER / FILE, lambda temporary: save_file(tensors, temporary))
+        path = Path(folder) / FOLDER / file_name(STEM, ranks.everyone())
+        write_atomically(path, lambda temporary: save_file(tensors, temporary))
 
     def load(self, folder: str | Path) -> None:
-        path = Path(folder) / FOLDER / FILE
-        if path.exists():
-            stored = load_file(path)
-            self._batches, self._length = [stored["tokens"]], int(stored["length"])
+        """Takes up a rank's tokens; with another number of ranks they are dealt out again."""
+        group = ranks.everyone()
+        paths = files_of(Path(folder) / FOLDER, STEM)[ranks.rank(group) :: ranks.size(group)]
+        stored = [load_file(path) for path in paths]
+        self._batches = [each["tokens"] for each in stored]
+        self._length = max((int(each["length"]) for each in stored), default=0)

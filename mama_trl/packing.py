@@ -7,8 +7,10 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from .bits import pack_bits, unpack_bits
 from .errors import MamaError
-from .masks import MaskSet, pack_bits, unpack_bits, write_atomically
+from .masks import MaskSet
+from .storage import write_atomically
 
 
 def save_packed(model: nn.Module, masks: MaskSet, path: str | Path) -> int:

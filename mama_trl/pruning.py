@@ -1,16 +1,20 @@
-"""One mask update: statistics and weights in, masks and redistributed weights out."""
+"""One mask update: statistics and weights in, masks and redistributed weights out. All of it is collective."""
 
+import hashlib
 import logging
+from dataclasses import dataclass
 from typing import Optional
 
 import torch
 from torch import Tensor, nn
 
-from . import budget, indicators, oneshot, selection
+from . import budget, indicators, oneshot, ranks, selection
+from .bits import pack_bits
 from .config import MamaConfig, parse_indicators, parse_pattern
 from .errors import MamaError
 from .masks import MaskSet
-from .shards import broadcast_from_first, second_moment
+from .placement import Spread
+from .shards import Shard, group_of
 from .targets import Target
 from .trajectory import Trajectory
 
@@ -24,143 +28,190 @@ def say_once(message: str) -> None:
         logger.warning(message)
 
 
-def check_weights(targets: list[Target]) -> None:
-    """Raises `MamaError` naming the first matrix with NaN or infinity; no mask is computed from it."""
-    finite = torch.stack([torch.isfinite(target.parameter.data).all() for target in targets])
-    if not finite.all():
-        name = targets[int((~finite).nonzero()[0])].name
+@dataclass
+class Update:
+    """What a mask update reads.
+
+    Args:
+        model: the unwrapped model.
+        shards: of the targets' weights and biases, by parameter name.
+        calibration: this rank's token ids, int64 (n, sequence_length), the same n on every rank; needed by
+            activation and by redistribution.
+    """
+
+    model: nn.Module
+    targets: list[Target]
+    shards: dict[str, Shard]
+    config: MamaConfig
+    trajectory: Optional[Trajectory] = None
+    optimizer: Optional[object] = None
+    calibration: Optional[Tensor] = None
+
+    @property
+    def owned(self) -> list[Shard]:
+        return [self.shards[target.name] for target in self.targets]
+
+    @property
+    def group(self) -> ranks.Group:
+        """The ranks over which the weights are spread; None where every rank holds them whole."""
+        return group_of(self.owned)
+
+
+def check_weights(shards: list[Shard]) -> None:
+    """Raises `MamaError`, on all ranks, naming the first matrix with NaN or infinity; no mask is computed from it."""
+    bad = torch.stack([(~torch.isfinite(shard.master)).any().to(shards[0].master.device) for shard in shards])
+    bad = ranks.total(bad.int(), ranks.everyone())
+    if bad.any():
         raise MamaError(
-            f"{name} holds NaN or infinity, so no mask is computed: go back to the last checkpoint and lower the "
-            "learning rate."
+            f"{shards[int(bad.nonzero()[0])].name} holds NaN or infinity, so no mask is computed: go back to the last "
+            "checkpoint and lower the learning rate."
         )
 
 
-def scores(
-    target: Target, names: list[str], trajectory: Optional[Trajectory], optimizer
-) -> dict[str, Tensor]:
-    """The named indicators of one matrix, (out, in) fp32; what was never recorded falls back to magnitude."""
-    result = {}
-    for name in names:
-        value = None
-        if name == "magnitude":
-            value = indicators.magnitude(target.matrix)
-        elif name == "curvature":
-            moment = second_moment(optimizer, target.parameter)
-            if moment is not None:
-                value = indicators.curvature(target.matrix, target.oriented(moment))
-        elif trajectory is not None and trajectory.recorded(name):
-            value = trajectory.values[name][target.name].float()
-            value = target.oriented(value.sqrt() if name == "reward" else value)
-        if value is None:
-            say_once(f"indicator {name} was not recorded or this optimizer keeps none: magnitude is used instead.")
-            value = indicators.magnitude(target.matrix)
-        result[name] = value
-    return result
+def raw_score(update: Update, shard: Shard, name: str) -> Optional[Tensor]:
+    """An indicator of what this rank owns of a matrix, 1-D, any float dtype; None where it was not recorded.
+
+    The reward's mean square stands for its root: their order is the same.
+    """
+    if name == "magnitude":
+        return indicators.magnitude(shard.master)
+    if name == "curvature":
+        moment = shard.optimizer_state(update.optimizer, "exp_avg_sq")
+        return None if moment is None else indicators.curvature(shard.master, moment)
+    if update.trajectory is not None and update.trajectory.recorded(name):
+        return update.trajectory.flat(name, shard.name)
+    return None
 
 
-def layer_sparsities(
-    targets: list[Target], config: MamaConfig, sparsity: float, trajectory: Optional[Trajectory], optimizer
-) -> dict[str, float]:
+def score(update: Update, shard: Shard, name: str) -> Tensor:
+    """`raw_score` in fp32 with the reward as its root; what was never recorded falls back to magnitude."""
+    value = raw_score(update, shard, name)
+    if value is None:
+        say_once(f"indicator {name} was not recorded or this optimizer keeps none: magnitude is used instead.")
+        return indicators.magnitude(shard.master)
+    return value.float().sqrt() if name == "reward" else value.float()
+
+
+def layer_sparsities(update: Update, sparsity: float) -> dict[str, float]:
     """Sparsity per matrix under `config.budget`; uniform where its statistic is missing or N:M fixes it."""
-    sizes = [target.parameter.numel() for target in targets]
-    available = config.budget == "curvature" or (trajectory is not None and trajectory.recorded(config.budget))
-    if config.budget == "curvature":
-        available = second_moment(optimizer, targets[0].parameter) is not None
-    if config.budget == "uniform" or config.budget_blend == 0 or parse_pattern(config.pattern) or sparsity == 0:
-        shares = budget.uniform(sizes, sparsity)
-    elif not available:
-        say_once(f"budget {config.budget} was not recorded: the sparsity is shared uniformly instead.")
-        shares = budget.uniform(sizes, sparsity)
-    else:
-        per_matrix = [scores(t, [config.budget], trajectory, optimizer)[config.budget] for t in targets]
-        densities = budget.global_densities(per_matrix, sparsity)
-        shares = budget.blended(sizes, densities, sparsity, config.budget_blend)
-    return {target.name: share for target, share in zip(targets, shares)}
+    config, owned = update.config, update.owned
+    sizes = [shard.numel for shard in owned]
+    shares = budget.uniform(sizes, sparsity)
+    if config.budget != "uniform" and config.budget_blend > 0 and not parse_pattern(config.pattern) and sparsity > 0:
+        scores = [raw_score(update, shard, config.budget) for shard in owned]
+        if any(value is None for value in scores):
+            say_once(f"budget {config.budget} was not recorded: the sparsity is shared uniformly instead.")
+        else:
+            densities = budget.global_densities(scores, sparsity, sizes, update.group)
+            shares = budget.blended(sizes, densities, sparsity, config.budget_blend)
+    return {shard.name: share for shard, share in zip(owned, shares)}
 
 
 @torch.no_grad()
-def update_masks(
-    model: nn.Module,
-    targets: list[Target],
-    config: MamaConfig,
-    sparsity: float,
-    calibration: Optional[Tensor],
-    trajectory: Optional[Trajectory] = None,
-    optimizer=None,
-) -> MaskSet:
-    """Computes masks at `sparsity` and changes the weights of `model` in place.
-
-    Args:
-        calibration: token ids, int64 (n, sequence_length); needed by activation and by redistribution.
+def update_masks(update: Update, sparsity: float) -> MaskSet:
+    """Computes masks at `sparsity` and changes the weights in place, on every rank's shards.
 
     Raises:
-        MamaError: a weight is NaN; or calibration tokens are needed and there are none.
+        MamaError: a weight is NaN; calibration tokens are needed and there are none; ranks disagree.
     """
-    check_weights(targets)
+    config = update.config
+    check_weights(update.owned)
     weights = parse_indicators(config.indicators)
-    shares = layer_sparsities(targets, config, sparsity, trajectory, optimizer)
-    needs_inputs = "activation" in weights or config.redistribution != "none"
-    if needs_inputs and calibration is None:
-        raise MamaError(
-            "no calibration tokens have been seen before the first mask update: let `mask_start` be later, or set "
-            "`indicators` to magnitude and `redistribution` to none."
-        )
-    if needs_inputs and config.scope == "matrix":
-        importance = {t.name: _importance(t, weights, trajectory, optimizer) for t in targets}
+    shares = layer_sparsities(update, sparsity)
+    if "activation" in weights or config.redistribution != "none":
+        if update.calibration is None or not len(update.calibration):
+            raise MamaError(
+                "no calibration tokens have been seen before the first mask update: let `mask_start` be later, or set "
+                "`indicators` to magnitude and `redistribution` to none."
+            )
         masks = oneshot.prune(
-            model,
-            calibration,
+            update.model,
+            update.calibration,
             method="mama",
             sparsity=sparsity,
             pattern=config.pattern,
             layer_sparsity=shares,
             redistribution=config.redistribution,
-            importance=None if any(value is None for value in importance.values()) else importance,
-            targets=targets,
+            importance=_Factors(update, weights) if set(weights) != {"activation"} else None,
+            targets=update.targets,
             progress=False,
+            placement=Spread(update.model, update.shards, ranks.everyone()),
         )
     else:
-        names = [name for name in weights if name != "activation"] or ["magnitude"]
-        combined = [
-            indicators.combine(scores(t, names, trajectory, optimizer), {n: weights.get(n, 1.0) for n in names})
-            for t in targets
-        ]
-        masks = _select(targets, combined, config, sparsity, shares)
-        masks.apply(model)
-    broadcast_from_first([*masks.bits.values(), *(p.data for p in model.parameters())])
+        masks = _select(update, weights, sparsity, shares)
+        masks.enforce()
+    check_agreement(masks, sparsity)
     return masks
 
 
-def _importance(target: Target, weights: dict[str, float], trajectory, optimizer) -> Optional[Tensor]:
-    """What multiplies the activation score so that it becomes the weighted geometric mean of all indicators.
+def check_agreement(masks: MaskSet, sparsity: float) -> None:
+    """Raises `MamaError` on every rank if the ranks did not come to the same masks."""
+    facts = [sparsity, masks.pattern, sorted(masks.kept.items())]
+    if not masks.spread:
+        facts.append(masks.digest())  # each rank holds all masks, and computed them itself
+    digest = hashlib.sha256(repr(facts).encode()).hexdigest()
+    device = next(iter(masks.bits.values())).device
+    if not ranks.agree(digest, ranks.everyone(), device):
+        raise MamaError(
+            "the ranks disagree on the masks just computed, so the run stops: give every rank the same seed, "
+            "configuration and package versions, and resume from the last checkpoint."
+        )
 
-    Each indicator s enters as (s / |w|)^share; None when activation stands alone.
+
+class _Factors:
+    """What multiplies the activation score of a matrix so that it becomes the weighted geometric mean of all
+    indicators, (out, in) by parameter name; computed when asked for, so that one matrix at a time is gathered.
+
+    Each indicator s enters as (s / |w|)^share.
     """
-    others = {name: weight for name, weight in weights.items() if name != "activation"}
-    if not others:
-        return None
-    size = indicators.magnitude(target.matrix).clamp_min(1e-12)
-    size = size / size.mean()
-    total = sum(weights.values())
-    result = torch.ones_like(size)
-    for name, score in scores(target, list(others), trajectory, optimizer).items():
-        score = score.clamp_min(0) / score.clamp_min(0).mean().clamp_min(1e-38)
-        result *= (score.clamp_min(1e-6) / size).pow(others[name] / total)
-    return result
+
+    def __init__(self, update: Update, weights: dict[str, float]):
+        self._update, self._weights = update, weights
+        self._targets = {target.name: target for target in update.targets}
+
+    def get(self, name: str) -> Tensor:
+        update, target = self._update, self._targets[name]
+        shard = update.shards[name]
+        size = self._relative(shard, indicators.magnitude(shard.master)).clamp_min(1e-12)
+        result = torch.ones_like(size)
+        total = sum(self._weights.values())
+        for indicator, weight in self._weights.items():
+            if indicator != "activation":
+                own = self._relative(shard, score(update, shard, indicator).clamp_min(0))
+                result *= (own.clamp_min(1e-6) / size).pow(weight / total)
+        whole = torch.zeros(shard.numel, device=result.device)
+        whole[shard.start : shard.start + shard.length] = result
+        whole = ranks.total(whole, shard.group).to(target.device)
+        return target.oriented(whole.view(shard.shape))
+
+    @staticmethod
+    def _relative(shard: Shard, values: Tensor) -> Tensor:
+        return values / max(selection.exact_mean(values, shard.numel, shard.group), 1e-38)
 
 
-def _select(targets, combined, config, sparsity, shares) -> MaskSet:
-    group = parse_pattern(config.pattern)
-    if group:
-        kept = [selection.nm_mask(score, *group) for score in combined]
-    elif config.scope == "row":
-        kept = [selection.row_mask(score, shares[t.name]) for t, score in zip(targets, combined)]
-    elif config.scope == "global":
-        kept = selection.global_masks(combined, sparsity)
+def _select(update: Update, weights: dict[str, float], sparsity: float, shares: dict[str, float]) -> MaskSet:
+    """Masks from scores alone, without calibration: nothing larger than a rank's own part is ever held."""
+    config, owned, group = update.config, update.owned, update.group
+    pattern = parse_pattern(config.pattern)
+    if config.scope == "global" and not pattern:
+        parts = [_combined(update, shard, weights) for shard in owned]
+        packed = selection.global_packed_masks(parts, [shard.numel for shard in owned], sparsity, group=group)
     else:
-        kept = [
-            selection.keep_mask(score, selection.kept_count(score.numel(), shares[t.name]))
-            for t, score in zip(targets, combined)
-        ]
-    masks = {t.name: t.oriented(mask).contiguous() for t, mask in zip(targets, kept)}
-    return MaskSet.from_masks(masks, config.pattern)
+        packed = []
+        for target, shard in zip(update.targets, owned):
+            scores, share = _combined(update, shard, weights), shares[shard.name]
+            piece = selection.Piece(scores, shard.start, shard.shape, target.transposed)
+            if pattern:
+                packed.append(pack_bits(selection.nm_piece_mask(piece, *pattern, group)))
+            elif config.scope == "row":
+                keep = selection.kept_count(target.shape[1], share)
+                packed.append(pack_bits(selection.row_piece_mask(piece, keep, group)))
+            else:
+                packed += selection.packed_masks([scores], selection.kept_count(shard.numel, share), group)
+    return MaskSet.from_shards({s.name: bits for s, bits in zip(owned, packed)}, owned, config.pattern)
+
+
+def _combined(update: Update, shard: Shard, weights: dict[str, float]) -> Tensor:
+    scores = {name: score(update, shard, name) for name in weights}
+    means = {name: selection.exact_mean(s.clamp_min(0), shard.numel, shard.group) for name, s in scores.items()}
+    return indicators.combine(scores, weights, means)

@@ -1,73 +1,189 @@
-"""Indicator to mask: keep exactly k connections, ties to the lower position, without a full sort.
+"""Indicator to mask: keep exactly k connections, ties to the lower position, without a sort and without gathering.
 
-The score of the k-th largest is found by a radix select over the bit pattern of the fp32 scores (a
-histogram of the upper 16 bits, then one of the lower 16 bits within the chosen bin); everything above it
-is kept, and of those equal to it the first ones by position. Masks are bool, True = kept.
+The k-th largest score is found by a radix select over the bit patterns of the scores: a histogram of the upper 16
+bits, then one of the lower 16 bits within the chosen bin (16-bit scores need one). Ranks add their histograms, so
+that each learns the same threshold from at most 1 MiB of messages, whatever the number of scores. Everything above
+the threshold is kept, and of those equal to it the first ones by global position: identical scores give identical
+masks on any number of ranks.
+
+Scores are fp32, bf16 or fp16 without NaN; -0.0 equals 0.0. Masks are bool or packed bits (see bits.py), 1 = kept.
+With a `group`, functions take the flat range of each matrix that this rank owns; ranges follow one another in rank
+order and a rank's may be empty.
 """
+
+from dataclasses import dataclass
+from typing import Iterator
 
 import torch
 from torch import Tensor
 
+from . import ranks
+from .bits import bytes_for, pack_into, unpack_bits
+from .errors import MamaError
+
 _BINS = 1 << 16
-_CHUNK = 1 << 21  # scores handled at once: bounds the extra memory
+_HALF = 1 << 15
+_CHUNK = 1 << 20  # scores handled at once: bounds the extra memory; a multiple of 8, so that chunks end on bytes
+_LEAST = -(1 << 31)  # below the key of -inf
 
 
-def _ordered_bits(scores: Tensor) -> Tensor:
-    """Maps fp32 to int64 in [0, 2^32) such that integer order is numeric order; -0.0 counts as 0.0."""
-    bits = (scores + 0.0).view(torch.int32).to(torch.int64)
-    # Positive floats order as their bits; negative ones order backwards, below all positive ones.
-    return torch.where(bits < 0, (1 << 31) - 1 - (bits & 0x7FFFFFFF), bits + (1 << 31))
+# ---------------------------------------------------------------------- keys
 
 
-def threshold(scores: Tensor, keep: int) -> tuple[float, int]:
-    """The k-th largest score and how many scores equal to it are kept.
+def ordered_keys(scores: Tensor) -> Tensor:
+    """int32 keys, same shape, in the numeric order of the scores; not to be changed in place."""
+    if scores.dtype == torch.float32:
+        bits, magnitude = scores.view(torch.int32), 0x7FFFFFFF
+    elif scores.dtype in (torch.bfloat16, torch.float16):
+        bits, magnitude = scores.view(torch.int16).int(), 0x7FFF
+    else:
+        return ordered_keys(scores.float())
+    if scores.device.type == "cpu" and scores.numel() and bits.min() >= 0:
+        return bits  # most indicators have no sign; a look at a GPU's values would cost more than the work it saves
+    # Negative floats order backwards: their key is minus the bits of their magnitude, and that of -0.0 is 0.
+    sign = bits >> 31
+    return (bits & magnitude).bitwise_xor_(sign).sub_(sign)
+
+
+def _value(key: int, dtype: torch.dtype) -> float:
+    """Inverse of `ordered_keys` for one key."""
+    integer = torch.int16 if dtype in (torch.bfloat16, torch.float16) else torch.int32
+    real = dtype if integer == torch.int16 else torch.float32
+    value = torch.tensor(abs(key), dtype=integer).view(real).item()
+    return -value if key < 0 else value
+
+
+# ---------------------------------------------------------------------- the threshold
+
+
+@dataclass(frozen=True)
+class Cut:
+    """Where a selection ends: all scores above `value` are kept, and the first `ties` of the `level` equal to it."""
+
+    value: float
+    ties: int
+    level: int
+
+
+def find_cut(parts: list[Tensor], keep: int, group: ranks.Group = None) -> Cut:
+    """The k-th largest of all scores in `parts` over all ranks, in two rounds of messages at most.
 
     Args:
-        scores: any shape; converted to fp32 chunk by chunk; must be free of NaN.
-        keep: how many to keep, 1 <= keep <= number of scores.
+        parts: this rank's scores, any shapes, one dtype and device.
+        keep: how many to keep of all, 1 <= keep <= their number.
 
-    Returns:
-        (value, ties): keep all scores > value and the first `ties` of those == value.
+    Raises:
+        MamaError: a score is NaN.
     """
-    flat = scores.reshape(-1)
-    upper = torch.zeros(_BINS, dtype=torch.int64, device=flat.device)
-    for chunk in flat.split(_CHUNK):
-        upper += torch.bincount(_ordered_bits(chunk.float()) >> 16, minlength=_BINS)
-    high, rest = _bin_of(upper, keep)
-    lower = torch.zeros(_BINS, dtype=torch.int64, device=flat.device)
-    for chunk in flat.split(_CHUNK):
-        bits = _ordered_bits(chunk.float())
-        lower += torch.bincount(bits[(bits >> 16) == high] & (_BINS - 1), minlength=_BINS)
-    low, ties = _bin_of(lower, rest)
-    return _unfold((high << 16) | low), ties
+    dtype, device = parts[0].dtype, parts[0].device
+    wide = dtype not in (torch.bfloat16, torch.float16)
+    shift = 16 if wide else 0
+    upper = torch.zeros(_BINS, dtype=torch.int64, device=device)
+    for chunk in _chunks(parts):
+        upper += torch.bincount((ordered_keys(chunk) >> shift).add_(_HALF), minlength=_BINS)
+    upper = ranks.total(upper, group)
+    infinity = 0x7C00 if dtype == torch.float16 else 0x7F80
+    if upper[_HALF + infinity + 1 :].any():
+        raise MamaError("a score is NaN, so no mask is computed: look for NaN in the weights and their statistics.")
+    high, rest, level = _bin_of(upper, keep)
+    high -= _HALF
+    if not wide:
+        return Cut(_value(high, dtype), rest, level)
+    lower = torch.zeros(_BINS, dtype=torch.int64, device=device)
+    for chunk in _chunks(parts):
+        keys = ordered_keys(chunk)
+        inside = keys[(keys >> 16) == high]
+        if inside.numel():
+            lower += torch.bincount(inside.bitwise_and_(_BINS - 1), minlength=_BINS)
+    low, ties, level = _bin_of(ranks.total(lower, group), rest)
+    return Cut(_value((high << 16) | low, dtype), ties, level)
 
 
-def _bin_of(histogram: Tensor, keep: int) -> tuple[int, int]:
-    """Highest bin at which `keep` scores are reached from above, and how many of its own are needed."""
-    from_above = histogram.flip(0).cumsum(0)
-    position = int(torch.searchsorted(from_above, keep))
-    above = int(from_above[position - 1]) if position else 0
-    return _BINS - 1 - position, keep - above
+def _chunks(parts: list[Tensor]) -> Iterator[Tensor]:
+    for part in parts:
+        if part.numel():
+            yield from part.reshape(-1).split(_CHUNK)
 
 
-def _unfold(key: int) -> float:
-    """Inverse of `_ordered_bits` for one key."""
-    bits = key - (1 << 31) if key >= (1 << 31) else ((1 << 31) - 1 - key) - (1 << 31)
-    return torch.tensor(bits, dtype=torch.int64).to(torch.int32).view(torch.float32).item()
+def _bin_of(histogram: Tensor, keep: int) -> tuple[int, int, int]:
+    """Highest bin at which `keep` scores are reached from above, how many of its own are needed, how many it has."""
+    own = histogram.flip(0)
+    from_above = own.cumsum(0)
+    position = torch.searchsorted(from_above, keep)
+    position, above, inside = torch.stack([position, from_above[position], own[position]]).tolist()
+    return _BINS - 1 - position, keep - (above - inside), inside
 
 
-def keep_mask(scores: Tensor, keep: int) -> Tensor:
+def _ties_of(parts: list[Tensor], cut: Cut, group: ranks.Group) -> list[int]:
+    """How many scores equal to the cut this rank keeps of each part, in global order (part, then position)."""
+    if cut.ties == cut.level:  # nearly always: all of them are kept, and their order does not matter
+        return [part.numel() for part in parts]
+    zero = torch.zeros((), dtype=torch.int64, device=parts[0].device)
+    equal = torch.stack([sum((torch.count_nonzero(c == cut.value) for c in _chunks([p])), zero) for p in parts])
+    table = ranks.gathered(equal, group).t()  # (parts, ranks)
+    before = table.reshape(-1).cumsum(0).view(table.shape) - table
+    return (cut.ties - before[:, ranks.rank(group)]).clamp_min(0).minimum(equal).tolist()
+
+
+def kept_counts(parts: list[Tensor], cut: Cut, group: ranks.Group = None) -> list[int]:
+    """How many connections of each matrix a cut keeps, over all ranks."""
+    zero = torch.zeros((), dtype=torch.int64, device=parts[0].device)
+    above = [sum((torch.count_nonzero(c > cut.value) for c in _chunks([p])), zero) for p in parts]
+    at = [sum((torch.count_nonzero(c == cut.value) for c in _chunks([p])), zero) for p in parts]
+    counts = ranks.total(torch.stack([torch.stack(above), torch.stack(at)]), group).tolist()
+    left, kept = cut.ties, []
+    for more, equal in zip(*counts):
+        taken = min(left, equal)
+        left -= taken
+        kept.append(more + taken)
+    return kept
+
+
+# ---------------------------------------------------------------------- masks over everything given
+
+
+def packed_masks(parts: list[Tensor], keep: int, group: ranks.Group = None) -> list[Tensor]:
+    """The `keep` largest of all scores in `parts` over all ranks, as packed bits for each part.
+
+    Args:
+        parts: this rank's scores, any shapes, one dtype and device; parts in the same order on every rank.
+        keep: 0 to the number of scores on all ranks.
+    """
+    size = int(ranks.total(torch.tensor(sum(part.numel() for part in parts), device=parts[0].device), group))
+    if keep <= 0 or keep >= size:
+        return [_constant(part, keep >= size) for part in parts]
+    cut = find_cut(parts, keep, group)
+    return [_packed(part, cut, ties) for part, ties in zip(parts, _ties_of(parts, cut, group))]
+
+
+def _constant(part: Tensor, kept: bool) -> Tensor:
+    packed = torch.zeros(bytes_for(part.numel()), dtype=torch.uint8, device=part.device)
+    for begin in range(0, part.numel() if kept else 0, _CHUNK):
+        flags = torch.ones(min(_CHUNK, part.numel() - begin), dtype=torch.bool, device=part.device)
+        pack_into(packed[begin // 8 : begin // 8 + bytes_for(flags.numel())], flags)
+    return packed
+
+
+def _packed(part: Tensor, cut: Cut, ties: int) -> Tensor:
+    flat = part.reshape(-1)
+    packed = torch.empty(bytes_for(flat.numel()), dtype=torch.uint8, device=flat.device)
+    for begin in range(0, flat.numel(), _CHUNK):
+        chunk = flat[begin : begin + _CHUNK]
+        if cut.ties == cut.level:
+            mask = chunk >= cut.value
+        else:
+            mask = chunk > cut.value
+            if ties:
+                equal = (chunk == cut.value).nonzero().squeeze(1)[:ties]
+                mask[equal] = True
+                ties -= equal.numel()
+        pack_into(packed[begin // 8 : begin // 8 + bytes_for(mask.numel())], mask)
+    return packed
+
+
+def keep_mask(scores: Tensor, keep: int, group: ranks.Group = None) -> Tensor:
     """Bool mask, shape of `scores`, True at exactly `keep` largest scores; ties to the lower flat index."""
-    if keep <= 0:
-        return torch.zeros(scores.shape, dtype=torch.bool, device=scores.device)
-    if keep >= scores.numel():
-        return torch.ones(scores.shape, dtype=torch.bool, device=scores.device)
-    value, ties = threshold(scores, keep)
-    flat = scores.reshape(-1).float()
-    mask = flat > value
-    equal = (flat == value).nonzero().squeeze(1)
-    mask[equal[:ties]] = True
-    return mask.view(scores.shape)
+    return unpack_bits(packed_masks([scores], keep, group)[0], scores.shape)
 
 
 def kept_count(numel: int, sparsity: float) -> int:
@@ -75,11 +191,107 @@ def kept_count(numel: int, sparsity: float) -> int:
     return max(1, numel - round(numel * sparsity))
 
 
+def threshold(scores: Tensor, keep: int) -> tuple[float, int]:
+    """The k-th largest score and how many scores equal to it are kept (1 <= keep <= number of scores)."""
+    cut = find_cut([scores], keep)
+    return cut.value, cut.ties
+
+
+# ---------------------------------------------------------------------- rows and groups of one matrix
+
+
+@dataclass(frozen=True)
+class Piece:
+    """What this rank owns of one matrix's scores, and how its connections lie in the parameter.
+
+    Args:
+        scores: 1-D, the flat range of the parameter from `start` on.
+        shape: of the whole parameter; (out, in), or (in, out) if `transposed` (GPT-2's Conv1D).
+    """
+
+    scores: Tensor
+    start: int
+    shape: tuple[int, int]
+    transposed: bool = False
+
+    def block(self) -> tuple[Tensor, int]:
+        """Keys as whole lines of the parameter, (lines, columns), filled up with the least key; first line's number."""
+        columns = self.shape[1]
+        first, last = self.start // columns, -(-(self.start + self.scores.numel()) // columns)
+        keys = ordered_keys(self.scores)
+        if keys.numel() == (last - first) * columns:
+            return keys.view(-1, columns), first
+        lines = torch.full(((last - first) * columns,), _LEAST, dtype=torch.int32, device=keys.device)
+        offset = self.start - first * columns
+        lines[offset : offset + keys.numel()] = keys
+        return lines.view(-1, columns), first
+
+    def cut_from(self, lines: Tensor, first: int) -> Tensor:
+        """The owned range of a (lines, columns) tensor, 1-D."""
+        offset = self.start - first * self.shape[1]
+        return lines.reshape(-1)[offset : offset + self.scores.numel()]
+
+
+def row_piece_mask(piece: Piece, keep: int, group: ranks.Group = None) -> Tensor:
+    """Bool (owned,): of every output row the `keep` largest, ties to the lower input; rows may be spread over ranks.
+
+    The k-th largest key of all rows at once by bisection over its 32 bits: each round adds one count per row.
+    """
+    keys, first = piece.block()
+    along = 0 if piece.transposed else 1
+    outputs = piece.shape[1] if piece.transposed else piece.shape[0]
+
+    def everywhere(counts: Tensor) -> Tensor:
+        """Counts of the local lines as counts of all output rows, (outputs,), not yet added over ranks."""
+        if piece.transposed:
+            return counts
+        spread = torch.zeros(outputs, dtype=counts.dtype, device=counts.device)
+        spread[first : first + len(counts)] = counts
+        return spread
+
+    def local(per_row: Tensor) -> Tensor:
+        """(outputs,) as something that broadcasts against `keys`."""
+        return per_row.unsqueeze(0) if piece.transposed else per_row[first : first + len(keys)].unsqueeze(1)
+
+    if keep >= (piece.shape[0] if piece.transposed else piece.shape[1]):
+        return torch.ones_like(piece.scores, dtype=torch.bool)
+    threshold = torch.full((outputs,), _LEAST, dtype=torch.int64, device=keys.device)
+    for bit in range(31, -1, -1):
+        candidate = threshold + (1 << bit)
+        counts = (keys >= local(candidate).int()).sum(along)
+        reached = ranks.total(everywhere(counts), group) >= keep
+        threshold = torch.where(reached, candidate, threshold)
+    edge = local(threshold).int()
+    mask, equal = keys > edge, keys == edge
+    above = ranks.total(everywhere(mask.sum(along)), group)
+    at = ranks.gathered(everywhere(equal.sum(along)), group)
+    needed = keep - above - (at.cumsum(0) - at)[ranks.rank(group)]
+    mask |= equal & (equal.cumsum(along, dtype=torch.int32) <= local(needed))
+    return piece.cut_from(mask, first)
+
+
 def row_mask(scores: Tensor, sparsity: float) -> Tensor:
     """Per output row of `scores` (out, in): the same number kept in each; ties to the lower index."""
     keep = kept_count(scores.shape[1], sparsity)
-    order = scores.float().argsort(dim=1, descending=True, stable=True)[:, :keep]
-    return torch.zeros(scores.shape, dtype=torch.bool, device=scores.device).scatter_(1, order, True)
+    lines = max(1, _CHUNK // scores.shape[1])
+    parts = [
+        row_piece_mask(Piece(part.reshape(-1), 0, tuple(part.shape)), keep).view(part.shape)
+        for part in scores.split(lines)
+    ]
+    return torch.cat(parts)
+
+
+def _best_of_groups(groups: Tensor, n: int) -> Tensor:
+    """Bool (..., m): the `n` largest of each group along the last dimension, ties to the lower index."""
+    columns = ordered_keys(groups).unbind(-1)
+    kept = []
+    for i, own in enumerate(columns):
+        better = torch.zeros_like(own, dtype=torch.uint8)
+        for j, other in enumerate(columns):
+            if j != i:
+                better += other >= own if j < i else other > own
+        kept.append(better < n)
+    return torch.stack(kept, -1)
 
 
 def nm_mask(scores: Tensor, n: int, m: int) -> Tensor:
@@ -90,30 +302,96 @@ def nm_mask(scores: Tensor, n: int, m: int) -> Tensor:
     rows, columns = scores.shape
     if columns % m:
         raise ValueError(f"pattern {n}:{m} needs a number of inputs divisible by {m}, not {columns}")
-    groups = scores.float().reshape(rows, columns // m, m)
-    order = groups.argsort(dim=2, descending=True, stable=True)[..., :n]
-    mask = torch.zeros(groups.shape, dtype=torch.bool, device=scores.device).scatter_(2, order, True)
-    return mask.view(rows, columns)
+    lines = max(1, _CHUNK // columns)
+    parts = [_best_of_groups(part.reshape(len(part), columns // m, m), n) for part in scores.split(lines)]
+    return torch.cat(parts).view(rows, columns)
 
 
-def global_masks(scores: list[Tensor], sparsity: float, floor: float = 0.25) -> list[Tensor]:
-    """One threshold over all matrices, after each is divided by its mean; a floor per matrix.
+def nm_piece_mask(piece: Piece, n: int, m: int, group: ranks.Group = None) -> Tensor:
+    """`nm_mask` of what this rank owns, bool (owned,); only groups that a shard boundary cuts are exchanged.
 
-    `floor` is the least density a matrix keeps, as a share of the overall density: a raw global threshold
-    starves whole layers. Exactly `kept_count(total, sparsity)` connections are kept.
+    A stretch of the parameter that holds whole groups only is `m` inputs long, or `m` lines where the inputs are
+    the parameter's first dimension.
     """
-    total = sum(score.numel() for score in scores)
-    keep = kept_count(total, sparsity)
-    floors = [int(floor * (1 - sparsity) * score.numel()) for score in scores]
-    normal = torch.cat([score.reshape(-1).float() / score.float().mean().clamp_min(1e-30) for score in scores])
-    parts = normal.split([score.numel() for score in scores])
-    masks = [keep_mask(part, count) for part, count in zip(parts, floors)]
-    reserved = torch.cat(masks)
-    # What the floors hold is out of the race for the rest.
-    rest = keep_mask(normal.masked_fill(reserved, float("-inf")), keep - sum(floors)) | reserved
-    return [mask.view(score.shape) for mask, score in zip(rest.split([s.numel() for s in scores]), scores)]
+    stretch = m * (piece.shape[1] if piece.transposed else 1)
+    begin, end = piece.start, piece.start + piece.scores.numel()
+    bounds = ranks.gathered(torch.tensor([begin, end], device=piece.scores.device), group).reshape(-1).tolist()
+    cut = sorted({bound // stretch for bound in bounds if bound % stretch})
+    scores = piece.scores.float()
+    shared = torch.zeros(len(cut), stretch, device=scores.device)
+    for row, number in zip(shared, cut):
+        low, high = max(begin, number * stretch), min(end, (number + 1) * stretch)
+        if low < high:
+            row[low - number * stretch : high - number * stretch] = scores[low - begin : high - begin]
+    shared = ranks.total(shared, group)
+    mask = torch.empty_like(scores, dtype=torch.bool)
+    first, last = -(-begin // stretch) * stretch, end // stretch * stretch
+    if first < last:
+        mask[first - begin : last - begin] = _stretches(scores[first - begin : last - begin], stretch, n, m)
+    for number, whole in zip(cut, shared):
+        low, high = max(begin, number * stretch), min(end, (number + 1) * stretch)
+        if low < high:
+            kept = _stretches(whole, stretch, n, m)
+            mask[low - begin : high - begin] = kept[low - number * stretch : high - number * stretch]
+    return mask
+
+
+def _stretches(scores: Tensor, stretch: int, n: int, m: int) -> Tensor:
+    groups = scores.view(-1, m, stretch // m).transpose(1, 2)
+    return _best_of_groups(groups, n).transpose(1, 2).reshape(-1)
 
 
 def matrix_mask(scores: Tensor, sparsity: float, group: tuple[int, int] | None = None) -> Tensor:
     """Mask of one matrix (out, in): the exact count over the whole matrix, or the N:M `group`."""
     return nm_mask(scores, *group) if group else keep_mask(scores, kept_count(scores.numel(), sparsity))
+
+
+# ---------------------------------------------------------------------- one budget for all matrices
+
+
+def exact_mean(scores: Tensor, numel: int, group: ranks.Group = None) -> float:
+    """Mean of non-negative scores over all ranks, the same to the last bit for any split of them.
+
+    Float sums depend on their order; so the scores are counted in steps of 2^-30 of the largest one, as integers.
+    """
+    flat = scores.reshape(-1)
+    largest = torch.zeros((), device=flat.device)
+    if flat.numel():
+        largest = flat.max().float()
+    largest = ranks.gathered(largest, group).max()
+    steps = torch.zeros((), dtype=torch.int64, device=flat.device)
+    for chunk in _chunks([flat]):
+        steps += (chunk.float() / largest.clamp_min(1e-38) * (1 << 30)).to(torch.int64).sum()
+    return float(ranks.total(steps, group)) / (1 << 30) / numel * float(largest)
+
+
+def global_packed_masks(
+    parts: list[Tensor], sizes: list[int], sparsity: float, floor: float = 0.25, group: ranks.Group = None
+) -> list[Tensor]:
+    """One threshold over all matrices, after each is divided by its mean; a floor per matrix. Packed bits.
+
+    Args:
+        parts: this rank's non-negative fp32 scores of each matrix. They are overwritten.
+        sizes: connections of each whole matrix.
+        floor: least density a matrix keeps, as a share of the overall density: a raw global threshold starves
+            whole layers.
+
+    Exactly `kept_count(total, sparsity)` connections are kept over all matrices and ranks.
+    """
+    keep = kept_count(sum(sizes), sparsity)
+    floors = [int(floor * (1 - sparsity) * size) for size in sizes]
+    reserved = []
+    for part, size, least in zip(parts, sizes, floors):
+        part.div_(max(exact_mean(part, size, group), 1e-30))
+        reserved.append(packed_masks([part], least, group)[0])
+        # What the floor holds is out of the race for the rest.
+        part.view(-1).masked_fill_(unpack_bits(reserved[-1], (part.numel(),)), float("-inf"))
+    rest = packed_masks(parts, keep - sum(floors), group)
+    return [first | second for first, second in zip(reserved, rest)]
+
+
+def global_masks(scores: list[Tensor], sparsity: float, floor: float = 0.25) -> list[Tensor]:
+    """`global_packed_masks` of whole matrices as bool masks; `scores` stay as they are."""
+    copies = [score.float().clone() for score in scores]
+    packed = global_packed_masks(copies, [score.numel() for score in scores], sparsity, floor)
+    return [unpack_bits(bits, score.shape) for bits, score in zip(packed, scores)]

@@ -4,10 +4,12 @@ import re
 from dataclasses import dataclass
 from typing import Optional
 
+import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from .errors import MamaError
+from .shards import full_shape
 
 
 @dataclass(frozen=True, eq=False)
@@ -40,8 +42,12 @@ class Target:
 
     @property
     def shape(self) -> tuple[int, int]:
-        rows, columns = self.module.weight.shape
+        rows, columns = full_shape(self.module.weight)
         return (columns, rows) if self.transposed else (rows, columns)
+
+    @property
+    def device(self) -> torch.device:
+        return self.module.weight.device
 
     @property
     def bias(self) -> Optional[nn.Parameter]:

@@ -11,6 +11,7 @@ from ..calibration import Gram, blockwise
 from ..config import REDISTRIBUTIONS, check_choice, check_sparsity, parse_pattern
 from ..errors import MamaError
 from ..masks import MaskSet
+from ..placement import Local, Solved
 from ..selection import matrix_mask
 from ..targets import Target, find_targets
 from .magnitude import magnitude
@@ -33,6 +34,7 @@ def prune(
     targets: Optional[list[Target]] = None,
     batch_size: int = 8,
     progress: bool = True,
+    placement: Optional[Local] = None,
 ) -> MaskSet:
     """Prunes `model` in place and returns its masks.
 
@@ -48,6 +50,7 @@ def prune(
         redistribution: for `mama`: least_squares, bias, mean or none.
         importance: for `mama`: (out, in) factors by parameter name on the activation score.
         targets: default `find_targets(model)`.
+        placement: where the matrices lie; default in this process alone.
 
     Raises:
         MamaError: a value makes no sense, or calibration tokens are missing.
@@ -59,26 +62,34 @@ def prune(
     targets = targets if targets is not None else find_targets(model)
     if calibration is None and method != "magnitude":
         raise MamaError(f"`calibration` is missing: method {method} needs token ids (n, sequence_length).")
-    masks: dict[str, Tensor] = {}
+    placement = placement if placement is not None else Local()
 
-    def prune_one(target: Target, gram: Optional[Gram]) -> None:
+    def solve(target: Target, weight: Tensor, gram: Optional[Gram]) -> Solved:
         share = (layer_sparsity or {}).get(target.name, sparsity)
-        weight = target.matrix.float()
         if method == "magnitude":
-            new, mask = magnitude(weight, share, group)
-        elif method == "wanda":
-            new, mask = wanda(weight, gram.norm, share, group)
-        elif method == "sparsegpt":
-            new, mask = sparsegpt(weight, gram.gram, share, group)
-        else:
-            new, mask = _mama(target, weight, gram, share, group, redistribution, (importance or {}).get(target.name))
-        target.matrix.copy_(new)
-        masks[target.name] = target.oriented(mask).contiguous()
+            return Solved(*magnitude(weight, share, group))
+        if method == "wanda":
+            return Solved(*wanda(weight, gram.norm, share, group))
+        if method == "sparsegpt":
+            return Solved(*sparsegpt(weight, gram.gram, share, group))
+        factors = factor_of[target.name]
+        return _mama(weight, gram, share, group, redistribution, factors, target.bias is not None)
+
+    factor_of: dict[str, Optional[Tensor]] = {}
+
+    def visit(own: list[Target], grams: dict[str, Gram]) -> None:
+        placement.add_up(grams)
+        for target in own:
+            factor_of[target.name] = (importance or {}).get(target.name)
+        weights = placement.read(own)
+        solved = {t.name: solve(t, weights.pop(t.name), grams.get(t.name)) for t in own if t.name in weights}
+        placement.write(own, solved)
+        factor_of.clear()
 
     with torch.no_grad():
         if method == "magnitude":
             for target in targets:
-                prune_one(target, None)
+                visit([target], {})
         else:
             with tqdm(desc=f"prune ({method})", disable=not progress, unit="block") as bar:
 
@@ -86,26 +97,22 @@ def prune(
                     bar.total = total
                     bar.update(1)
 
-                blockwise(
-                    model, calibration, targets,
-                    lambda own, grams: [prune_one(t, grams[t.name]) for t in own],
-                    batch_size, on_block,
-                )
-    result = MaskSet.from_masks({t.name: masks[t.name] for t in targets}, pattern)
-    result.apply(model)
+                blockwise(model, calibration, targets, visit, batch_size, on_block)
+        result = placement.masks(targets, pattern)
+        result.apply()
     return result
 
 
-def _mama(target, weight, gram, share, group, mode, importance) -> tuple[Tensor, Tensor]:
+def _mama(
+    weight: Tensor, gram: Gram, share: float, group, mode: str, importance: Optional[Tensor], has_bias: bool
+) -> Solved:
     if mode == "least_squares":
         # A bias takes up the mean for free, so only the deviations from it are left to fit.
-        fitted = gram.centred if target.bias is not None else gram.gram
-        new, mask = mama(weight, fitted, share, group, importance)
+        new, mask = mama(weight, gram.centred if has_bias else gram.gram, share, group, importance)
     else:
         score = weight.abs() * gram.norm
         mask = matrix_mask(score if importance is None else score * importance, share, group)
         new = move.mean(weight, mask) if mode == "mean" else weight * mask
-    if mode in ("bias", "least_squares") and target.bias is not None:
-        # The mean output that is still missing goes into the bias; it changes no other output statistic.
-        target.bias.data += move.bias_shift(weight, new, gram.mean).to(target.bias.dtype)
-    return new, mask
+    # The mean output that is still missing goes into the bias; it changes no other output statistic.
+    shift = move.bias_shift(weight, new, gram.mean) if mode in ("bias", "least_squares") and has_bias else None
+    return Solved(new, mask, shift)

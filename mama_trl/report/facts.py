@@ -5,11 +5,10 @@ import json
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
 
 from ..callback import STATE_FILE
 from ..masks import FOLDER, MaskSet
-from ..trajectory import FILE, take_sample
+from ..trajectory import read_history, take_sample
 
 
 def attribution_histogram(folder: str | Path) -> dict | None:
@@ -19,8 +18,7 @@ def attribution_histogram(folder: str | Path) -> dict | None:
 
 def trajectory_curves(folder: str | Path, masks: MaskSet) -> dict:
     """Mean, 10th and 90th percentile of |w| over all stages, apart for what was kept and pruned in the end."""
-    with safe_open(Path(folder) / FOLDER / FILE, "pt") as file:
-        history = json.loads(file.metadata()["history"])
+    history = read_history(folder)
     kept = take_sample([masks.mask(name).reshape(-1) for name in masks.names])
     curves = {key: [] for key in ("steps", "kept", "pruned", "kept_p10", "kept_p90", "pruned_p10", "pruned_p90")}
     stages, offset, last = [], 0, 0

@@ -1,0 +1,80 @@
+"""What the processes of one run tell each other. Everything here is collective: all ranks of `group` call it.
+
+A `group` is a process group, or None where a rank is on its own (one process, or parameters that every rank
+holds whole), so that the same code serves both.
+"""
+
+from typing import Optional
+
+import torch
+from torch import Tensor
+from torch import distributed as dist
+
+Group = Optional["dist.ProcessGroup"]
+
+
+def everyone() -> Group:
+    """The group of all processes of the run; None for a single process."""
+    return dist.group.WORLD if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1 else None
+
+
+def size(group: Group) -> int:
+    return dist.get_world_size(group) if group is not None else 1
+
+
+def rank(group: Group) -> int:
+    return dist.get_rank(group) if group is not None else 0
+
+
+def _there(tensor: Tensor, group: Group) -> Tensor:
+    """`tensor` where the backend can send it from: NCCL takes no CPU tensors (an offloaded optimizer's)."""
+    if tensor.device.type == "cpu" and dist.get_backend(group) == "nccl":
+        return tensor.to(torch.device("cuda", torch.cuda.current_device()))
+    return tensor.contiguous()
+
+
+def total(tensor: Tensor, group: Group) -> Tensor:
+    """Sum over ranks, same shape and dtype; `tensor` itself may be overwritten."""
+    if group is None:
+        return tensor
+    sent = _there(tensor, group)
+    dist.all_reduce(sent, group=group)
+    return sent.to(tensor.device)
+
+
+def smallest(number: int, group: Group, device: torch.device) -> int:
+    if group is None:
+        return number
+    value = _there(torch.tensor(number, device=device), group)
+    dist.all_reduce(value, dist.ReduceOp.MIN, group=group)
+    return int(value)
+
+
+def gathered(tensor: Tensor, group: Group) -> Tensor:
+    """Every rank's `tensor` (same shape everywhere), stacked along a new first dimension in rank order."""
+    if group is None:
+        return tensor.unsqueeze(0)
+    sent = _there(tensor, group)
+    parts = [torch.empty_like(sent) for _ in range(size(group))]
+    dist.all_gather(parts, sent, group=group)
+    return torch.stack(parts).to(tensor.device)
+
+
+def from_rank(tensor: Tensor, source: int, group: Group) -> Tensor:
+    """Rank `source`'s `tensor`; elsewhere its shape and dtype must be the same and its values do not count."""
+    if group is None:
+        return tensor
+    sent = _there(tensor, group)
+    dist.broadcast(sent, src=dist.get_global_rank(group, source), group=group)
+    return sent.to(tensor.device)
+
+
+def agree(digest: str, group: Group, device: torch.device) -> bool:
+    """Whether every rank came with the same hexadecimal `digest` (at least 12 digits)."""
+    number = torch.tensor(int(digest[:12], 16), dtype=torch.int64, device=device)
+    return bool((gathered(number, group) == number).all())
+
+
+def wait(group: Group) -> None:
+    if group is not None:
+        dist.barrier(group=group)
