@@ -159,13 +159,13 @@ class MaskSet:
         wrong = torch.zeros((), dtype=torch.int64, device=self._shards[0].master.device)
         for shard in self._shards:
             pruned = ~unpack_bits(self.bits[shard.name], (shard.length,))
-            whole = None
-            for values in [shard.master, *shard.working_copies]:
-                if values.numel() == shard.length:
-                    wrong += (values[pruned.to(values.device)] != 0).sum().to(wrong.device)
-                else:
-                    whole = ~self.whole(shard.name).view(-1) if whole is None else whole
-                    wrong += (values[whole.to(values.device)] != 0).sum().to(wrong.device)
+            checked = [(shard.master, pruned)]
+            for copy in shard.working_copies:
+                # By the engine, not by this rank's share, so that all ranks take the same branch.
+                whole = shard.group is not None and copy.numel() == shard.numel
+                checked.append((copy, ~self.whole(shard.name).view(-1) if whole else pruned))
+            for values, where in checked:
+                wrong += (values[where.to(values.device)] != 0).sum().to(wrong.device)
         return int(ranks.total(wrong, group_of(self._shards)))
 
     def _bind_to(self, model: nn.Module) -> None:

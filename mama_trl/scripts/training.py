@@ -22,7 +22,7 @@ from .common import check_model_source, check_output_dir, first_line, holds_some
 
 logger = logging.getLogger(__name__)
 
-ACCELERATE_CONFIGS = ("single", "ddp", "zero2", "zero3", "fsdp2")
+ACCELERATE_CONFIGS = ("single", "ddp", "zero1", "zero2", "zero3", "zero3-offload", "fsdp2", "two-node")
 # Of some 250 flags, those a first run needs; `--help_all` shows the others.
 FIRST_FLAGS = (
     "model_name_or_path", "dtype", "teacher_model_name_or_path", "from_scratch", "dataset_name", "dataset_config",
@@ -49,7 +49,7 @@ class TrainingArguments(ScriptArguments):
     accelerate_config: Optional[str] = field(
         default=None,
         metadata={
-            "help": "Start through accelerate: single, ddp, zero2, zero3, fsdp2, or a YAML file. Flags of "
+            "help": f"Start through accelerate: {', '.join(ACCELERATE_CONFIGS)}, or a YAML file. Flags of "
             "`accelerate launch`, such as --num_processes 2, may follow."
         },
     )

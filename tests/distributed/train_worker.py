@@ -1,0 +1,147 @@
+"""Trains a tiny model on one engine and leaves what this rank ended with. Started by launch.py."""
+
+import json
+import os
+import sys
+from pathlib import Path
+
+import torch
+from datasets import Dataset
+from transformers import Trainer, TrainerCallback, TrainingArguments
+
+ENGINE = os.environ["MAMA_TEST_ENGINE"]
+if ENGINE == "fsdp2":
+    # accelerate ignores FSDP on a CPU: this makes it real.
+    from accelerate.state import PartialState
+    from accelerate.utils import DistributedType
+
+    PartialState._prepare_backend = lambda self, *args, **kwargs: ("gloo", DistributedType.MULTI_GPU)
+
+from mama_trl import MamaCallback, MamaConfig
+from mama_trl.pruning import Update, update_masks
+from tests.conftest import tiny
+
+# Every way to choose masks, tried on the trained weights one after the other.
+WAYS = {
+    "matrix": dict(indicators=["magnitude", "sensitivity=0.5"], redistribution="none", budget="uniform"),
+    "budget": dict(indicators=["sensitivity"], redistribution="none", budget="sensitivity"),
+    "curvature": dict(indicators=["curvature"], redistribution="none", budget="curvature"),
+    "row": dict(indicators=["magnitude"], redistribution="none", scope="row"),
+    "global": dict(indicators=["magnitude"], redistribution="none", scope="global"),
+    "2:4": dict(indicators=["magnitude"], redistribution="none", pattern="2:4"),
+    "bias": dict(indicators=["activation"], redistribution="bias"),
+    "least_squares": dict(indicators=["activation"], redistribution="least_squares", budget="uniform"),
+    "mixed": dict(indicators=["activation", "sensitivity=0.5"], redistribution="none"),
+}
+
+
+class Watch(TrainerCallback):
+    """Counts violations after every step; ends or poisons the process at a chosen step."""
+
+    def __init__(self, mama, options):
+        self.mama, self.options, self.violations, self.checked = mama, options, 0, 0
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if self.mama.masks is not None:
+            self.violations += self.mama.masks.verify()
+            self.checked += 1
+        if state.global_step == self.options.get("kill_at"):
+            os._exit(9)
+
+
+def main(options: dict) -> None:
+    folder = Path(options["folder"])
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    rows = torch.randint(2, 384, (96, 24), generator=torch.Generator().manual_seed(0))
+    data = Dataset.from_dict({"input_ids": rows.tolist(), "labels": rows.tolist()}).with_format("torch")
+    calibration = torch.randint(2, 384, (16, 24), generator=torch.Generator().manual_seed(1))
+    config = dict(sparsity=0.8, mask_schedule="cubic", mask_start=3, mask_end=5, mask_interval=2, budget="uniform")
+    mama = MamaCallback(
+        MamaConfig(**{**config, **options.get("config", {})}),
+        calibration=calibration if options.get("calibrate", True) else None,
+    )
+    watch = Watch(mama, options)
+    bf16 = options.get("bf16", False)
+    if bf16:
+        import transformers.training_args
+
+        transformers.training_args.is_torch_bf16_gpu_available = lambda *args: True
+    args = TrainingArguments(
+        output_dir=str(folder), use_cpu=ENGINE in ("single", "ddp"), report_to=[], disable_tqdm=True, seed=0,
+        ddp_backend="gloo" if world > 1 else None, bf16=bf16 and ENGINE not in ("single", "ddp"),
+        **{
+            "max_steps": 6, "per_device_train_batch_size": 8 // world, "gradient_accumulation_steps": 2,
+            "learning_rate": 1e-3, "max_grad_norm": 0.05, "save_strategy": "no", "logging_steps": 1,
+            **options.get("args", {}),
+        },
+    )
+    model = tiny(options.get("architecture", "llama"))
+    trainer = Trainer(model, args=args, train_dataset=data, callbacks=[mama, watch])
+    if options.get("poison"):
+        poison(trainer, mama, options["poison"])
+    trainer.train(resume_from_checkpoint=options.get("resume"))
+    parameter = next(iter(mama._shards.values())).parameter
+    result = {
+        "engine": mama.engine, "parameter": type(parameter).__name__, "world": world, "rank": rank,
+        "ds_id": hasattr(parameter, "ds_id"), "fragment": hasattr(parameter, "_hp_mapping"),
+        "wrapped": type(trainer.model_wrapped).__name__, "digest": mama.masks and mama.masks.digest(),
+        "sparsity": mama.sparsity, "violations": watch.violations, "checked": watch.checked,
+        "skipped": int(mama.trajectory.skipped), "logs": trainer.state.log_history,
+    }
+    trainer.save_model(str(folder))
+    torch.save({n: s.full() for n, s in sorted(mama._shards.items())}, folder / f"weights{rank}.pt")
+    if options.get("ways"):
+        result["ways"] = {name: try_way(folder, trainer, mama, calibration, WAYS[name]) for name in options["ways"]}
+    with open(folder / f"rank{rank}.json", "w") as file:
+        json.dump(result, file)
+
+
+def try_way(folder, trainer, mama, calibration, way) -> dict:
+    world, rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
+    for name, shard in mama._shards.items():  # each way starts from the same weights
+        shard.write(torch.load(folder / f"weights{rank}.pt")[name].to(shard.master.dtype))
+    update = Update(
+        mama._model, mama.targets, mama._shards, MamaConfig(sparsity=0.5, **way), mama.trajectory, trainer.optimizer,
+        calibration[rank::world],
+    )
+    with torch.no_grad():
+        masks = update_masks(update, 0.5)
+    flags = {name: masks.whole(name).int().flatten().tolist() for name in masks.names}
+    weights = {name: mama._shards[name].full().double().abs().sum().item() for name in mama._shards}
+    return {"kept": masks.kept, "violations": masks.verify(), "flags": flags, "weights": weights}
+
+
+def poison(trainer, mama, what: dict) -> None:
+    """A NaN in this rank's own gradient at one step, or masks that one rank computes differently."""
+    if int(os.environ.get("RANK", 0)) != what["rank"]:
+        return
+    if what["kind"] == "gradient":
+        training_step = trainer.training_step
+
+        def step(model, inputs, *args, **kwargs):
+            if trainer.state.global_step == what["step"]:
+                hooked = next(p for n, p in mama._model.named_parameters() if n.endswith("q_proj.weight"))
+                handle = hooked.register_hook(lambda gradient: gradient * float("nan"))
+                try:
+                    return training_step(model, inputs, *args, **kwargs)
+                finally:
+                    handle.remove()
+            return training_step(model, inputs, *args, **kwargs)
+
+        trainer.training_step = step
+    else:
+        import mama_trl.pruning as pruning
+
+        select = pruning._select
+
+        def other(update, *args):
+            masks = select(update, *args)
+            first = next(iter(masks.bits.values()))
+            first.bitwise_not_()
+            return masks
+
+        pruning._select = other
+
+
+if __name__ == "__main__":
+    main(json.loads(sys.argv[1]))
