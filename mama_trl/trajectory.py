@@ -22,6 +22,7 @@ STEM = "statistics"
 # Increments below 1/64 of a bf16 value would mostly be rounded away, so the mean forgets beyond 64 steps.
 WINDOW = 64
 SAMPLES = 2048  # connections whose values are written down for the report's trajectory plot
+DTYPE = torch.bfloat16  # of the statistics; fp32 compares engines more finely, at twice the memory
 _HUGE = 3e38
 
 
@@ -40,7 +41,7 @@ class Trajectory:
         self.group = group_of(shards)
         self.statistics = list(statistics)
         self._flat: dict[str, dict[str, Tensor]] = {
-            name: {s.name: torch.zeros_like(s.master, dtype=torch.bfloat16) for s in shards}
+            name: {s.name: torch.zeros_like(s.master, dtype=DTYPE) for s in shards}
             for name in self.statistics
         }
         self.values = {

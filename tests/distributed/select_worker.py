@@ -1,0 +1,87 @@
+"""Selects on scores that a file holds, cut into ranges over the ranks; leaves the whole masks. Started by launch.py."""
+
+import json
+import os
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import distributed as dist
+
+from mama_trl import bits, ranks, selection
+from mama_trl.masks import MaskSet
+from mama_trl.shards import Shard
+
+
+@dataclass(eq=False)
+class Slice(Shard):
+    """A range of a parameter, cut where the test wants it."""
+
+    begin: int = 0
+    size: int = 0
+
+    start = property(lambda self: self.begin)
+    length = property(lambda self: self.size)
+    group = property(lambda self: ranks.everyone())
+    master = property(lambda self: self.parameter.data.view(-1)[self.begin : self.begin + self.size])
+
+
+def main(options: dict) -> None:
+    world, rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
+    folder = Path(options["folder"])
+    if world > 1:
+        dist.init_process_group("gloo")
+    group = ranks.everyone()
+    cases = torch.load(options["cases"])
+    found = {}
+    sent = count_bytes()
+    for number, case in enumerate(cases):
+        scores = case["scores"]
+        shards = []
+        for index, whole in enumerate(scores):
+            # Uneven cuts, some of them in the middle of rows, bytes and groups, some ranges empty.
+            cuts = sorted((whole.numel() * (7 * i + index) // (7 * world) for i in range(1, world)))
+            if number % 3 == 2 and world > 1:
+                cuts[0] = 0
+            bounds = [0, *cuts, whole.numel()]
+            parameter = torch.nn.Parameter(whole)
+            shards.append(Slice(f"p{index}", parameter, bounds[rank], bounds[rank + 1] - bounds[rank]))
+        parts = [shard.master.clone() for shard in shards]
+        sizes = [whole.numel() for whole in scores]
+        made = {"all": selection.packed_masks(parts, case["keep"], group)}
+        first = parts[0].float()
+        shape, transposed = tuple(scores[0].shape), case["transposed"]
+        piece = selection.Piece(first, shards[0].start, shape, transposed)
+        inputs = shape[0] if transposed else shape[1]
+        made["row"] = [bits.pack_bits(selection.row_piece_mask(piece, inputs // 3, group))]
+        made["2:4"] = [bits.pack_bits(selection.nm_piece_mask(piece, 2, 4, group))]
+        floats = [part.float().abs() for part in parts]
+        made["global"] = selection.global_packed_masks(floats, sizes, 0.8, group=group)
+        for way, packed in made.items():
+            masks = MaskSet.from_shards({s.name: p for s, p in zip(shards, packed)}, shards[: len(packed)])
+            found[f"{number} {way}"] = {n: masks.whole(n).int().flatten().tolist() for n in masks.names}
+            masks.save(folder / f"{number} {way}")
+    sent.clear()
+    wide = torch.rand(200_000, generator=torch.Generator().manual_seed(rank))
+    selection.packed_masks([wide], 20_000 * world, group)
+    with open(folder / f"rank{rank}.json", "w") as file:
+        json.dump({"found": found, "bytes": sum(sent)}, file)
+
+
+def count_bytes() -> list[int]:
+    """Sizes of what this rank hands to all_reduce and all_gather."""
+    sent = []
+    for name, position in (("all_reduce", 0), ("all_gather", 1)):
+        original = getattr(dist, name)
+
+        def counted(*args, original=original, position=position, **kwargs):
+            sent.append(args[position].numel() * args[position].element_size())
+            return original(*args, **kwargs)
+
+        setattr(dist, name, counted)
+    return sent
+
+
+if __name__ == "__main__":
+    main(json.loads(sys.argv[1]))
