@@ -2,6 +2,7 @@
 
 from functools import lru_cache
 
+import numpy
 import torch
 from torch import Tensor
 
@@ -27,7 +28,10 @@ def pack_bits(mask: Tensor) -> Tensor:
 
 
 def pack_into(packed: Tensor, flags: Tensor) -> None:
-    """Packs a 1-D bool tensor into the uint8 tensor `packed`; `flags` may be overwritten."""
+    """Packs a 1-D bool tensor into the uint8 tensor `packed`."""
+    if flags.device.type == "cpu":
+        packed.copy_(torch.from_numpy(numpy.packbits(flags.numpy(), bitorder="little")))
+        return
     if flags.numel() % 8 or flags.storage_offset() % 8 or not flags.is_contiguous():
         padded = torch.zeros(packed.numel() * 8, dtype=torch.bool, device=flags.device)
         padded[: flags.numel()] = flags

@@ -4,16 +4,19 @@ The k-th largest score is found by a radix select over the bit patterns of the s
 bits, then one of the lower 16 bits within the chosen bin (16-bit scores need one). Ranks add their histograms, so
 that each learns the same threshold from at most 1 MiB of messages, whatever the number of scores. Everything above
 the threshold is kept, and of those equal to it the first ones by global position: identical scores give identical
-masks on any number of ranks.
+masks on any number of ranks. On a CPU, where a histogram of everything costs more than comparisons, a sample first
+brackets the threshold, so that only the few scores within the bracket enter the histograms.
 
 Scores are fp32, bf16 or fp16 without NaN; -0.0 equals 0.0. Masks are bool or packed bits (see bits.py), 1 = kept.
 With a `group`, functions take the flat range of each matrix that this rank owns; ranges follow one another in rank
 order and a rank's may be empty.
 """
 
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Iterator
+from typing import Callable, Iterable, Iterator, Optional
 
+import numpy
 import torch
 from torch import Tensor
 
@@ -23,8 +26,11 @@ from .errors import MamaError
 
 _BINS = 1 << 16
 _HALF = 1 << 15
-_CHUNK = 1 << 20  # scores handled at once: bounds the extra memory; a multiple of 8, so that chunks end on bytes
+_CHUNK = 1 << 18  # scores handled at once: bounds the extra memory; a multiple of 8, so that chunks end on bytes
 _LEAST = -(1 << 31)  # below the key of -inf
+_STRIDE = 61  # one score in so many is sampled; prime, so that it falls into step with no matrix
+_SAMPLED_FROM = 1 << 21  # scores below which bracketing saves nothing
+_COARSE = 1 << 14  # bins of the sample's histogram
 
 
 # ---------------------------------------------------------------------- keys
@@ -55,6 +61,8 @@ def _value(key: int, dtype: torch.dtype) -> float:
 
 # ---------------------------------------------------------------------- the threshold
 
+_NAN = "a score is NaN, so no mask is computed: look for NaN in the weights and their statistics."
+
 
 @dataclass(frozen=True)
 class Cut:
@@ -84,7 +92,7 @@ def find_cut(parts: list[Tensor], keep: int, group: ranks.Group = None) -> Cut:
     upper = ranks.total(upper, group)
     infinity = 0x7C00 if dtype == torch.float16 else 0x7F80
     if upper[_HALF + infinity + 1 :].any():
-        raise MamaError("a score is NaN, so no mask is computed: look for NaN in the weights and their statistics.")
+        raise MamaError(_NAN)
     high, rest, level = _bin_of(upper, keep)
     high -= _HALF
     if not wide:
@@ -152,8 +160,82 @@ def packed_masks(parts: list[Tensor], keep: int, group: ranks.Group = None) -> l
     size = int(ranks.total(torch.tensor(sum(part.numel() for part in parts), device=parts[0].device), group))
     if keep <= 0 or keep >= size:
         return [_constant(part, keep >= size) for part in parts]
+    if size >= _SAMPLED_FROM and parts[0].device.type == "cpu":
+        masks = _by_bracket(parts, keep, size, group)
+        if masks is not None:
+            return masks
     cut = find_cut(parts, keep, group)
     return [_packed(part, cut, ties) for part, ties in zip(parts, _ties_of(parts, cut, group))]
+
+
+def _by_bracket(parts: list[Tensor], keep: int, size: int, group: ranks.Group) -> Optional[list[Tensor]]:
+    """`packed_masks` in one pass over the scores: all above a bracket are kept, and the few within it are selected
+    from in their turn. None where no bracket would pay, or where it turns out not to hold the threshold."""
+    bracket = _sampled_bracket(parts, keep, size, group)
+    if bracket is None:
+        return None
+    low, high = bracket
+    masks = [torch.empty(bytes_for(part.numel()), dtype=torch.uint8) for part in parts]
+
+    def scan(place: tuple[int, int]) -> tuple[int, numpy.ndarray, numpy.ndarray]:
+        number, begin = place
+        values = parts[number].reshape(-1)[begin : begin + _CHUNK].float().numpy()
+        if numpy.isnan(values.max()):
+            raise MamaError(_NAN)
+        upper = values >= high
+        own = slice(begin // 8, begin // 8 + bytes_for(len(values)))
+        masks[number].numpy()[own] = numpy.packbits(upper, bitorder="little")
+        inside = numpy.flatnonzero((values >= low) ^ upper)
+        return numpy.count_nonzero(upper), inside + begin, values[inside]
+
+    places = [(number, begin) for number, part in enumerate(parts) for begin in range(0, part.numel(), _CHUNK)]
+    found = list(_in_threads(scan, places))
+    above = sum(count for count, _, _ in found)
+    inside = sum(len(positions) for _, positions, _ in found)
+    everywhere = ranks.total(torch.tensor([above, inside]), group).tolist()
+    if not everywhere[0] < keep <= sum(everywhere):
+        return None
+    positions: list[list] = [[numpy.empty(0, "int64")] for _ in parts]
+    candidates: list[list] = [[numpy.empty(0, "float32")] for _ in parts]
+    for (number, _), (_, where, values) in zip(places, found):
+        positions[number].append(where)
+        candidates[number].append(values)
+    values = [torch.from_numpy(numpy.concatenate(each)).to(parts[0].dtype) for each in candidates]
+    for mask, where, chosen in zip(masks, positions, packed_masks(values, keep - everywhere[0], group)):
+        where = numpy.concatenate(where)
+        where = where[unpack_bits(chosen, (len(where),)).numpy()]
+        numpy.bitwise_or.at(mask.numpy(), where >> 3, (1 << (where & 7)).astype("uint8"))
+    return masks
+
+
+def _sampled_bracket(
+    parts: list[Tensor], keep: int, size: int, group: ranks.Group
+) -> Optional[tuple[float, float]]:
+    """(low, high): the k-th largest most probably is >= low and < high. None if too many scores lie between."""
+    sample = torch.cat([part.reshape(-1)[::_STRIDE] for part in parts]).float()
+    histogram = torch.bincount((ordered_keys(sample) >> 18) + _COARSE // 2, minlength=_COARSE)[:_COARSE]
+    histogram = ranks.total(histogram.int(), group).flip(0).cumsum(0)  # int32: the message stays small
+    seen = int(histogram[-1])
+    expected = keep / size * seen
+    margin = 5 * (expected * (1 - keep / size)) ** 0.5 + 5
+    first = int(torch.searchsorted(histogram, max(expected - margin, 0)))
+    last = int(torch.searchsorted(histogram, min(expected + margin, seen)))
+    inside = int(histogram[last]) - (int(histogram[first - 1]) if first else 0)
+    keys = [_COARSE // 2 - 1 - last, _COARSE // 2 - first]  # lower end of the last bin, upper end of the first
+    # Copies of too many scores would cost more memory than they save time; and the outermost bins end beyond infinity.
+    if inside > seen / 50 or not -(0x7F800000 >> 18) < keys[0] < keys[1] < 0x7F800000 >> 18:
+        return None
+    low, high = (_value(key << 18, torch.float32) for key in keys)
+    return low, high
+
+
+def _in_threads(work: Callable, chunks: Iterable) -> Iterator:
+    """`work` of each chunk, in order, on as many threads as torch uses: numpy lets go of the interpreter's lock."""
+    if torch.get_num_threads() == 1:
+        yield from map(work, chunks)
+        return
+    with ThreadPoolExecutor(torch.get_num_threads()) as pool:
+        yield from pool.map(work, chunks)
 
 
 def _constant(part: Tensor, kept: bool) -> Tensor:
@@ -167,16 +249,23 @@ def _constant(part: Tensor, kept: bool) -> Tensor:
 def _packed(part: Tensor, cut: Cut, ties: int) -> Tensor:
     flat = part.reshape(-1)
     packed = torch.empty(bytes_for(flat.numel()), dtype=torch.uint8, device=flat.device)
+
+    def compare(begin: int) -> None:
+        mask = flat[begin : begin + _CHUNK] >= cut.value
+        pack_into(packed[begin // 8 : begin // 8 + bytes_for(mask.numel())], mask)
+
+    if cut.ties == cut.level:
+        begins = range(0, flat.numel(), _CHUNK)
+        for _ in _in_threads(compare, begins) if flat.device.type == "cpu" else map(compare, begins):
+            pass
+        return packed
     for begin in range(0, flat.numel(), _CHUNK):
         chunk = flat[begin : begin + _CHUNK]
-        if cut.ties == cut.level:
-            mask = chunk >= cut.value
-        else:
-            mask = chunk > cut.value
-            if ties:
-                equal = (chunk == cut.value).nonzero().squeeze(1)[:ties]
-                mask[equal] = True
-                ties -= equal.numel()
+        mask = chunk > cut.value
+        if ties:
+            equal = (chunk == cut.value).nonzero().squeeze(1)[:ties]
+            mask[equal] = True
+            ties -= equal.numel()
         pack_into(packed[begin // 8 : begin // 8 + bytes_for(mask.numel())], mask)
     return packed
 
