@@ -138,16 +138,18 @@ def poison(trainer, mama, what: dict) -> None:
         return
     if what["kind"] == "gradient":
         training_step = trainer.training_step
+        layer = next(module for name, module in trainer.model.named_modules() if name.endswith("q_proj"))
+
+        def spoil(module, args, output):
+            output.register_hook(lambda gradient: gradient * float("nan"))
 
         def step(model, inputs, *args, **kwargs):
-            if trainer.state.global_step == what["step"]:
-                hooked = next(p for n, p in mama._model.named_parameters() if n.endswith("q_proj.weight"))
-                handle = hooked.register_hook(lambda gradient: gradient * float("nan"))
-                try:
-                    return training_step(model, inputs, *args, **kwargs)
-                finally:
+            handle = layer.register_forward_hook(spoil) if trainer.state.global_step == what["step"] else None
+            try:
+                return training_step(model, inputs, *args, **kwargs)
+            finally:
+                if handle is not None:
                     handle.remove()
-            return training_step(model, inputs, *args, **kwargs)
 
         trainer.training_step = step
     else:
