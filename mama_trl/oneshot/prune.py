@@ -1,5 +1,6 @@
 """Prunes a model in place, block by block, by any of the methods."""
 
+import logging
 from typing import Optional
 
 import torch
@@ -12,12 +13,16 @@ from ..config import REDISTRIBUTIONS, check_choice, check_sparsity, parse_patter
 from ..errors import MamaError
 from ..masks import MaskSet
 from ..selection import matrix_mask
-from ..targets import Target, find_targets
+from ..targets import Target, find_blocks, find_targets, stack_experts
 from .magnitude import magnitude
 from .mama import mama
+from .resume import Unfinished
 from .sparsegpt import sparsegpt
 from .wanda import wanda
 
+logger = logging.getLogger(__name__)
+# A layer that sees fewer calibration tokens than this, while others see all, is an expert that was hardly asked.
+FEWEST_TOKENS = 64
 METHODS = ("magnitude", "wanda", "sparsegpt", "mama")
 
 
@@ -33,6 +38,7 @@ def prune(
     targets: Optional[list[Target]] = None,
     batch_size: int = 8,
     progress: bool = True,
+    unfinished: Optional[Unfinished] = None,
 ) -> MaskSet:
     """Prunes `model` in place and returns its masks.
 
@@ -47,7 +53,9 @@ def prune(
         layer_sparsity: sparsity by parameter name; default `sparsity` for all.
         redistribution: for `mama`: least_squares, bias, mean or none.
         importance: for `mama`: (out, in) factors by parameter name on the activation score.
-        targets: default `find_targets(model)`.
+        targets: default `find_targets(model, experts=True)`. An expert of a mixture to which fewer than 64
+            calibration tokens came is pruned by magnitude, without redistribution; which ones is logged once.
+        unfinished: where each finished block is stored, and finished blocks of a killed run are taken from.
 
     Raises:
         MamaError: a value makes no sense, or calibration tokens are missing.
@@ -56,15 +64,19 @@ def prune(
     check_choice(redistribution, REDISTRIBUTIONS, "redistribution")
     check_sparsity(sparsity)
     group = parse_pattern(pattern)
-    targets = targets if targets is not None else find_targets(model)
+    targets = targets if targets is not None else find_targets(model, experts=True)
     if calibration is None and method != "magnitude":
         raise MamaError(f"`calibration` is missing: method {method} needs token ids (n, sequence_length).")
     masks: dict[str, Tensor] = {}
+    rare: list[str] = []
 
     def prune_one(target: Target, gram: Optional[Gram]) -> None:
         share = (layer_sparsity or {}).get(target.name, sparsity)
         weight = target.matrix.float()
-        if method == "magnitude":
+        seen_rarely = gram is not None and gram.tokens < min(FEWEST_TOKENS, calibration.numel())
+        if seen_rarely:
+            rare.append(target.name)
+        if method == "magnitude" or seen_rarely:
             new, mask = magnitude(weight, share, group)
         elif method == "wanda":
             new, mask = wanda(weight, gram.norm, share, group)
@@ -73,25 +85,33 @@ def prune(
         else:
             new, mask = _mama(target, weight, gram, share, group, redistribution, (importance or {}).get(target.name))
         target.matrix.copy_(new)
-        masks[target.name] = target.oriented(mask).contiguous()
+        masks[target.name] = mask
 
     with torch.no_grad():
         if method == "magnitude":
             for target in targets:
                 prune_one(target, None)
         else:
-            with tqdm(desc=f"prune ({method})", disable=not progress, unit="block") as bar:
+            bar = tqdm(total=len(find_blocks(model)), desc=f"prune ({method})", disable=not progress, unit="block")
 
-                def on_block(done: int, total: int) -> None:
-                    bar.total = total
-                    bar.update(1)
+            def visit(own: list[Target], grams: dict[str, Gram]) -> None:
+                for target in own:
+                    prune_one(target, grams.pop(target.name))
+                if unfinished:
+                    unfinished.store(own, masks)
 
+            with bar:
                 blockwise(
-                    model, calibration, targets,
-                    lambda own, grams: [prune_one(t, grams[t.name]) for t in own],
-                    batch_size, on_block,
+                    model, calibration, targets, visit, batch_size, lambda done, total: bar.update(1),
+                    skip=lambda own: unfinished is not None and unfinished.restore(own, masks),
                 )
-    result = MaskSet.from_masks({t.name: masks[t.name] for t in targets}, pattern)
+    if rare:
+        logger.warning(
+            "%d of %d expert matrices saw fewer than %d calibration tokens and were pruned by magnitude without "
+            "redistribution (%s%s): more calibration tokens would reach them.",
+            len(rare), len(targets), FEWEST_TOKENS, ", ".join(rare[:5]), ", ..." if len(rare) > 5 else "",
+        )
+    result = MaskSet.from_masks(stack_experts(targets, masks), pattern)
     result.apply(model)
     return result
 
