@@ -7,7 +7,8 @@ DESCRIPTION = """Prune a saved model without training it, block by block.
   mama prune MODEL --sparsity 0.7 --calibration text.txt --output pruned
 
 writes an ordinary model with zeros in OUTPUT, which loads with AutoModelForCausalLM.from_pretrained, and its masks in
-OUTPUT/mama, which `mama sft`, `mama grpo` and `mama distill` keep."""
+OUTPUT/mama, which `mama sft`, `mama grpo` and `mama distill` keep. Each finished block is stored in OUTPUT/.progress
+while it runs: after a kill the same command goes on from there."""
 
 
 def make_parser():
@@ -32,6 +33,7 @@ def main(args) -> None:
     from ..config import check_choice, check_sparsity, parse_pattern
     from ..errors import MamaError
     from ..oneshot import METHODS, prune
+    from ..oneshot.resume import Unfinished
 
     check_sparsity(args.sparsity)
     check_choice(args.method, METHODS, "method")
@@ -39,20 +41,39 @@ def main(args) -> None:
     common.check_model_source(args.model)
     if args.calibration is None and args.method != "magnitude":
         raise MamaError(f"`calibration` is missing: {args.method} measures activations on a text; give a file.")
-    output = common.check_output_dir(args.output, args.overwrite, args.model)
+    output = common.check_output_dir(args.output, args.overwrite or Unfinished.exists(args.output), args.model)
+    unfinished = Unfinished(output, _command(args), args.overwrite)
     tokenizer = common.load_tokenizer(args.model)
     rows = None
     if args.calibration is not None:
         length = common.sequence_length(args.model, args.sequence_length)
         rows = common.calibration_rows(tokenizer, args.calibration, length, args.calibration_tokens, args.seed)
     model = common.load_model(args.model, args.dtype)
-    masks = prune(model, rows, args.method, args.sparsity, args.pattern, batch_size=args.batch_size)
+    if rows is not None:
+        unfinished.begin(model, rows)
+        if unfinished.blocks:
+            print(f"going on after {unfinished.blocks} finished blocks that {output} holds")
+    masks = prune(
+        model, rows, args.method, args.sparsity, args.pattern, batch_size=args.batch_size,
+        unfinished=None if rows is None else unfinished,
+    )
     output.mkdir(parents=True, exist_ok=True)
     common.remove_model_files(output)
     model.save_pretrained(output)
     tokenizer.save_pretrained(output)
     masks.save(output)
+    unfinished.remove()
     print(f"{masks.sparsity():.2%} of the prunable weights are zero ({args.method}, {args.pattern}): {output}")
+
+
+def _command(args) -> dict:
+    """What decides the result: a state that another command, or another version, left is not gone on with."""
+    import torch
+
+    from .. import __version__
+
+    options = {key: value for key, value in vars(args).items() if key not in ("output", "overwrite")}
+    return {**options, "version of mama_trl": __version__, "version of torch": torch.__version__}
 
 
 def run(argv: list[str]) -> int:
