@@ -64,8 +64,8 @@ def _inference(model: nn.Module) -> Iterator[None]:
 @contextmanager
 def _experts_one_by_one(targets: list[Target]) -> Iterator[None]:
     """Fused experts compute expert by expert, so that each matrix product shows its expert's tokens."""
-    experts = [t.module for t in targets if t.expert is not None]
-    configs = {id(m.config): m.config for m in experts if hasattr(getattr(m, "config", None), "_experts_implementation")}
+    found = [getattr(t.module, "config", None) for t in targets if t.expert is not None]
+    configs = {id(config): config for config in found if hasattr(config, "_experts_implementation")}
     before = {key: config._experts_implementation for key, config in configs.items()}
     for config in configs.values():
         config._experts_implementation = "eager"

@@ -11,7 +11,6 @@ from transformers.pytorch_utils import Conv1D
 
 from .errors import MamaError
 
-
 logger = logging.getLogger(__name__)
 _said: set[str] = set()
 

@@ -62,13 +62,13 @@ DENSE = ("llama", "qwen2", "qwen3", "gpt2", "opt", "gpt_neox", "gemma", "gemma2"
 MIXTURES = ("mixtral", "qwen3_moe", "gpt_oss")
 
 
-def tiny(architecture: str, vocab: int = VOCAB, seed: int = 0):
-    """A random model of a few ten thousand parameters; seeds give different weights."""
+def tiny(architecture: str, vocab: int = VOCAB, seed: int = 0, groups: int = 1):
+    """A random model of a few ten thousand parameters; seeds give different weights, `groups` more heads."""
     torch.manual_seed(seed)
     special = {"pad_token_id": 0, "eos_token_id": 1, "bos_token_id": None}
     llama_like = {
         "vocab_size": vocab, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2,
-        "num_attention_heads": 2, "num_key_value_heads": 1, "max_position_embeddings": 128, **special,
+        "num_attention_heads": 2 * groups, "num_key_value_heads": groups, "max_position_embeddings": 128, **special,
     }
     if architecture == "llama":
         biased = {"attention_bias": True, "mlp_bias": True, "tie_word_embeddings": True}

@@ -8,7 +8,11 @@ DESCRIPTION = """Prune a saved model without training it, block by block.
 
 writes an ordinary model with zeros in OUTPUT, which loads with AutoModelForCausalLM.from_pretrained, and its masks in
 OUTPUT/mama, which `mama sft`, `mama grpo` and `mama distill` keep. Each finished block is stored in OUTPUT/.progress
-while it runs: after a kill the same command goes on from there."""
+while it runs: after a kill the same command goes on from there.
+
+  mama prune MODEL --pattern neurons --sparsity 0.5 --calibration text.txt --output smaller
+
+removes the same share of MLP neurons (or heads) from every layer: OUTPUT is a smaller dense model without masks."""
 
 
 def make_parser():
@@ -19,7 +23,9 @@ def make_parser():
     parser.add_argument(
         "--method", default="mama", help="mama (default: mask and redistribution together), magnitude, wanda, sparsegpt"
     )
-    parser.add_argument("--pattern", default="unstructured", help="unstructured (default), or N:M such as 2:4")
+    parser.add_argument(
+        "--pattern", default="unstructured", help="unstructured (default), N:M such as 2:4, or whole: neurons, heads"
+    )
     parser.add_argument(
         "--calibration", metavar="FILE",
         help="text to measure activations on: .txt, .jsonl with `text`, or a datasets name; only magnitude needs none",
@@ -32,14 +38,16 @@ def make_parser():
 def main(args) -> None:
     from ..config import check_choice, check_sparsity, parse_pattern
     from ..errors import MamaError
-    from ..oneshot import METHODS, prune
+    from ..oneshot import METHODS, STRUCTURE_METHODS, STRUCTURES, prune, prune_structures
     from ..oneshot.resume import Unfinished
 
     check_sparsity(args.sparsity)
-    check_choice(args.method, METHODS, "method")
-    parse_pattern(args.pattern)
+    whole = args.pattern in STRUCTURES
+    check_choice(args.method, STRUCTURE_METHODS if whole else METHODS, "method")
+    if not whole:
+        parse_pattern(args.pattern)
     common.check_model_source(args.model)
-    if args.calibration is None and args.method != "magnitude":
+    if args.calibration is None and (whole or args.method != "magnitude"):
         raise MamaError(f"`calibration` is missing: {args.method} measures activations on a text; give a file.")
     output = common.check_output_dir(args.output, args.overwrite or Unfinished.exists(args.output), args.model)
     unfinished = Unfinished(output, _command(args), args.overwrite)
@@ -53,17 +61,31 @@ def main(args) -> None:
         unfinished.begin(model, rows)
         if unfinished.blocks:
             print(f"going on after {unfinished.blocks} finished blocks that {output} holds")
+    if whole:
+        dense = model.num_parameters()
+        small = prune_structures(
+            model, rows, args.pattern, args.sparsity, args.method, batch_size=args.batch_size, seed=args.seed,
+            unfinished=unfinished,
+        )
+        _save(small, tokenizer, output)
+        unfinished.remove()
+        print(f"{small.num_parameters():,} of {dense:,} parameters stay ({args.method}, {args.pattern}): {output}")
+        return
     masks = prune(
         model, rows, args.method, args.sparsity, args.pattern, batch_size=args.batch_size,
         unfinished=None if rows is None else unfinished,
     )
+    _save(model, tokenizer, output)
+    masks.save(output)
+    unfinished.remove()
+    print(f"{masks.sparsity():.2%} of the prunable weights are zero ({args.method}, {args.pattern}): {output}")
+
+
+def _save(model, tokenizer, output) -> None:
     output.mkdir(parents=True, exist_ok=True)
     common.remove_model_files(output)
     model.save_pretrained(output)
     tokenizer.save_pretrained(output)
-    masks.save(output)
-    unfinished.remove()
-    print(f"{masks.sparsity():.2%} of the prunable weights are zero ({args.method}, {args.pattern}): {output}")
 
 
 def _command(args) -> dict:
