@@ -8,8 +8,10 @@ the residual stream gets as its goal
 
     y* = (dense residual stream after the layer) − (pruned residual stream before the layer),
 
-so that it also repairs what earlier layers did wrong. Nothing is assumed about names: which layer writes where is
-found by silencing each layer once on a short probe and looking at what changes.
+so that it also repairs what earlier layers did wrong; a layer that reads a norm of the residual stream is asked for
+the outputs that it has in the dense model, not for those that its dense weight makes of disturbed inputs. Nothing is
+assumed about names: which layer writes where is found by silencing each layer once on a short probe and looking at
+what changes; which norm feeds a layer, by the identity of tensors.
 """
 
 from dataclasses import dataclass, field
@@ -22,6 +24,7 @@ from ..calibration import Gram, _Calls, _experts_one_by_one, _inference, _Stop, 
 from ..targets import Target, find_blocks
 
 PROBE_TOKENS = 32
+INPUT, OUTPUT = "(input)", "(output)"
 
 
 @dataclass
@@ -31,9 +34,17 @@ class Goal:
     cross: Tensor
     total: Tensor
 
+    @classmethod
+    def of_inputs(cls, weight: Tensor, bias: Optional[Tensor], pairs: Tensor, dense_total: Tensor, gram: Gram):
+        """The outputs W x' + b of the dense model's inputs x', from `pairs` Σ x' xᵀ (in, in) and Σ x' (in,)."""
+        cross, total = weight @ pairs, weight @ dense_total
+        if bias is not None:
+            cross, total = cross + bias.outer(gram.total), total + gram.tokens * bias
+        return cls(cross, total)
+
     def add(self, outputs: Tensor, inputs: Tensor) -> None:
-        """`outputs` y* (tokens, out) fp32 and `inputs` x (tokens, in) of one batch."""
-        self.cross.addmm_(outputs.t(), inputs.float())
+        """`outputs` y* (tokens, out) and `inputs` x (tokens, in) of one batch, fp32."""
+        self.cross.addmm_(outputs.t(), inputs)
         self.total += outputs.sum(0)
 
 
@@ -41,13 +52,16 @@ class Goal:
 class Stage:
     """Targets that are measured together.
 
-    `writer` adds its output to the residual stream, which is then seen as the input of the submodule called `place`,
-    or as the block's output where `place` is empty. `last` is the module whose inputs end the measuring pass.
+    `writer` adds its output to the residual stream, which is then seen at `place`. `norm` is the submodule that makes
+    the stage's inputs from the residual stream at `source`. Places are names of submodules, meaning their inputs, or
+    INPUT and OUTPUT of the block. `last` is the module whose inputs end the measuring pass.
     """
 
     targets: list[Target] = field(default_factory=list)
     writer: Optional[Target] = None
     place: str = ""
+    norm: Optional[nn.Module] = None
+    source: str = ""
     last: Optional[nn.Module] = None
 
 
@@ -86,16 +100,16 @@ def staged(
         for index, (name, block) in enumerate(blocks):
             own = [t for t in targets if t.module_name.startswith(name + ".")]
             plan = _plan(block, name, own, lambda: short.run(index, probe)) if own else []
-            after = _run_dense(block, plan, lambda states: calls.run(index, states), dense)
+            streams = _run_dense(block, plan, lambda states: calls.run(index, states), dense)
             probe = short.run(index, probe)
             if own and not (skip and skip(own)):
                 for stage in plan:
                     run = [lambda states=states: calls.run(index, states) for states in pruned]
-                    wanted = dense if stage.place == "" else after[stage.place]
-                    visit(stage.targets, *_measure(block, stage, run, wanted))
+                    visit(stage.targets, *_measure(block, stage, run, streams))
                 if finish:
                     finish(own)
-            after.clear()
+            dense = streams[OUTPUT]
+            del streams
             for i, states in enumerate(pruned):
                 pruned[i] = calls.run(index, states)
             if on_block:
@@ -110,37 +124,43 @@ def staged(
 
 
 def _run_dense(block: nn.Module, plan: list[Stage], run, dense: list[Tensor]) -> dict[str, list[Tensor]]:
-    """Moves the dense stream through a block; returns it as seen at each writer's place, by batch."""
-    after: dict[str, list[Tensor]] = {stage.place: [] for stage in plan if stage.writer and stage.place}
+    """The dense residual stream before and after a block and at each writer's place, by batch."""
+    places = {place for stage in plan for place in (stage.place, stage.source) if place} - {INPUT, OUTPUT}
+    streams: dict[str, list[Tensor]] = {INPUT: dense, **{place: [] for place in places}}
     handles = [
-        block.get_submodule(place).register_forward_pre_hook(lambda _, args, kept=kept: kept.append(args[0]))
-        for place, kept in after.items()
+        block.get_submodule(place).register_forward_pre_hook(lambda _, args, kept=streams[place]: kept.append(args[0]))
+        for place in places
     ]
-    for i, states in enumerate(dense):
-        dense[i] = run(states)
-    for handle in handles:
-        handle.remove()
-    return after
+    try:
+        streams[OUTPUT] = [run(states) for states in dense]
+    finally:
+        for handle in handles:
+            handle.remove()
+    return streams
 
 
-def _measure(block: nn.Module, stage: Stage, runs: list, wanted: list[Tensor]):
+def _measure(block: nn.Module, stage: Stage, runs: list, streams: dict[str, list[Tensor]]):
     """(grams, goals) of one stage; each pass over a batch ends as soon as the stage has been seen."""
-    writer = stage.writer
-    goals: dict[str, Goal] = {}
+    writer, first = stage.writer, stage.targets[0]
     seen: dict[str, Tensor] = {}
+    goal = pairs = None
     if writer:
-        zeros = torch.zeros(writer.shape, device=writer.parameter.device)
-        goals[writer.name] = Goal(zeros, zeros.new_zeros(writer.shape[0]))
+        cross = torch.zeros(writer.shape, device=writer.parameter.device)
+        goal = Goal(cross, cross.new_zeros(writer.shape[0]))
+    elif stage.norm is not None:
+        pairs = torch.zeros(first.shape[1], first.shape[1], device=first.parameter.device)
+        pairs = Goal(pairs, pairs.new_zeros(first.shape[1]))
 
     def silence(_, args, out):
-        seen["inputs"] = args[0].reshape(-1, args[0].shape[-1])
+        seen["inputs"] = args[0]
         return torch.zeros_like(out)
 
     def arrive(_, args):
         seen["before"] = args[0]
         raise _Stop
 
-    def stop(*_):
+    def stop(_, args):
+        seen["inputs"] = args[0]
         raise _Stop
 
     def forward() -> None:
@@ -148,24 +168,38 @@ def _measure(block: nn.Module, stage: Stage, runs: list, wanted: list[Tensor]):
         handles = []
         if writer:
             handles.append(writer.module.register_forward_hook(silence))
-            if stage.place:
+            if stage.place != OUTPUT:
                 handles.append(block.get_submodule(stage.place).register_forward_pre_hook(arrive))
         elif stage.last is not None:
             handles.append(stage.last.register_forward_pre_hook(stop))
         try:
-            for run, after in zip(runs, wanted):
+            for i, run in enumerate(runs):
                 try:
                     seen["before"] = run()
                 except _Stop:
                     pass
                 if writer:
-                    goal = after.float() - seen["before"].float()
-                    goals[writer.name].add(goal.reshape(-1, goal.shape[-1]), seen["inputs"])
+                    wanted = _tokens(streams[stage.place][i]) - _tokens(seen["before"])
+                    goal.add(wanted, _tokens(seen["inputs"]))
+                elif pairs is not None:
+                    wanted = stage.norm(streams[stage.source][i])
+                    pairs.add(_tokens(wanted), _tokens(seen["inputs"]))
         finally:
             for handle in handles:
                 handle.remove()
 
-    return collect(block, stage.targets, forward), goals
+    grams = collect(block, stage.targets, forward)
+    if writer:
+        return grams, {writer.name: goal}
+    if pairs is None:
+        return grams, {}
+    return grams, {
+        t.name: Goal.of_inputs(
+            t.matrix.float(), None if t.bias is None else t.bias.detach().float(), pairs.cross, pairs.total,
+            grams[t.name],
+        )
+        for t in stage.targets
+    }
 
 
 # ---------------------------------------------------------------------- which layer reads and writes what
@@ -185,18 +219,19 @@ def _plan(block: nn.Module, name: str, own: list[Target], run: Callable[[], Tens
         shared = None if fused else inputs[target.name]
         stages[-1].targets.append(target)
         stages[-1].last = None if fused else target.module
-    places = _places(block, [t for t in order if t.expert is None], run)
-    result = []
+    plain = _observe(block, run)
+    places = _places(block, [t for t in order if t.expert is None], plain, run)
     for stage in stages:
         writers = [t for t in stage.targets if t.name in places]
-        if len(writers) == 1:
+        if len(writers) == 1 and len(stage.targets) == 1:
             stage.writer, stage.place = writers[0], places[writers[0].name]
-            # Silencing one layer must not reach the others of its stage, which read the same tensor anyway.
-        result.append(stage)
+    for stage in stages:
+        if stage.writer is None and stage.last is not None:
+            stage.norm, stage.source = _source(block, stage, plain, set(places.values()) - {OUTPUT} | {INPUT})
     uncalled = [t for t in own if t not in order]
     if uncalled:  # experts in a list to which no token of the probe came: measured over a whole pass, at the end
-        result.append(Stage(uncalled))
-    return result
+        stages.append(Stage(uncalled))
+    return stages
 
 
 def _order(own: list[Target], run: Callable[[], Tensor]) -> tuple[list[Target], dict[str, Tensor]]:
@@ -219,24 +254,66 @@ def _order(own: list[Target], run: Callable[[], Tensor]) -> tuple[list[Target], 
     return order, {t.name: inputs[t.module] for t in order}
 
 
-def _places(block: nn.Module, candidates: list[Target], run: Callable[[], Tensor]) -> dict[str, str]:
-    """By target name: where its output is found *added* to a residual stream, the earliest place first.
+@dataclass
+class _Seen:
+    """One run of a block: inputs of its submodules by name in the order of their calls (between INPUT and OUTPUT),
+    and the submodules' outputs."""
 
-    A place is the input of a submodule that is called once, or the block's output (""). A layer writes there if the
-    value differs from the one with the layer silenced by exactly the layer's output, and something was there before.
+    inputs: dict[str, Tensor]
+    outputs: dict[str, Tensor]
+
+
+def _observe(block: nn.Module, run: Callable[[], Tensor], silenced: Optional[nn.Module] = None) -> _Seen:
+    """Runs the block; submodules that are called more than once are left out. `silenced` puts out zeros."""
+    seen = _Seen({}, {})
+    repeated: set[str] = set()
+
+    def before(name: str):
+        def hook(_, args):
+            if args and isinstance(args[0], Tensor):
+                repeated.add(name) if name in seen.inputs else seen.inputs.__setitem__(name, args[0])
+        return hook
+
+    def after(name: str):
+        def hook(module, _, out):
+            if isinstance(out, Tensor):
+                seen.outputs[name] = out
+                return torch.zeros_like(out) if module is silenced else None
+        return hook
+
+    modules = [(name, module) for name, module in block.named_modules() if name]
+    handles = [block.register_forward_pre_hook(before(INPUT))]
+    handles += [module.register_forward_pre_hook(before(name)) for name, module in modules]
+    handles += [module.register_forward_hook(after(name)) for name, module in modules]
+    try:
+        seen.inputs[OUTPUT] = run()
+    finally:
+        for handle in handles:
+            handle.remove()
+    for name in repeated:
+        del seen.inputs[name]
+        seen.outputs.pop(name, None)
+    return seen
+
+
+def _places(block: nn.Module, candidates: list[Target], plain: _Seen, run: Callable[[], Tensor]) -> dict[str, str]:
+    """By target name: the earliest place where its output is found *added* to a residual stream.
+
+    A layer writes to a place if the value there differs from the one with the layer silenced by exactly the layer's
+    output, and something was there before.
     """
-    plain, outputs = _observe(block, candidates, run)
+    names = {module: name for name, module in block.named_modules()}
     found = {}
     for target in candidates:
-        output = outputs.get(target.name)
-        if output is None or output.shape != plain[""].shape:
+        output = plain.outputs.get(names[target.module])
+        if output is None or _tokens(output).shape != _tokens(plain.inputs[INPUT]).shape:
             continue
-        silent, _ = _observe(block, candidates, run, target.module)
-        for place, value in plain.items():
-            before = silent.get(place)
-            if before is None or value.shape != output.shape or not value.is_floating_point():
+        silent = _observe(block, run, target.module).inputs
+        change = _tokens(output)
+        for place, value in plain.inputs.items():
+            if place not in silent or not value.is_floating_point() or _tokens(value).shape != change.shape:
                 continue
-            value, before, change = value.float(), before.float(), output.float()
+            value, before = _tokens(value), _tokens(silent[place])
             rounding = 8 * torch.finfo(output.dtype).eps * value.norm()
             if before.norm() > 0 and (value - before - change).norm() <= 1e-4 * change.norm() + rounding:
                 found[target.name] = place
@@ -244,32 +321,18 @@ def _places(block: nn.Module, candidates: list[Target], run: Callable[[], Tensor
     return found
 
 
-def _observe(block: nn.Module, candidates: list[Target], run, silenced: Optional[nn.Module] = None):
-    """Inputs of the block's submodules by name in the order of their calls, with the block's output last under "";
-    outputs of `candidates` by name. `silenced` puts out zeros."""
-    values: dict[str, Tensor] = {}
-    repeated: set[str] = set()
-    outputs: dict[str, Tensor] = {}
+def _tokens(states: Tensor) -> Tensor:
+    """(tokens, width) fp32: some blocks fold batch and sequence into one dimension on their way."""
+    return states.reshape(-1, states.shape[-1]).float()
 
-    def note(place: str):
-        def hook(_, args):
-            if args and isinstance(args[0], Tensor):
-                repeated.add(place) if place in values else values.__setitem__(place, args[0])
-        return hook
 
-    def output(target: Target):
-        def hook(module, _, out):
-            outputs[target.name] = out
-            return torch.zeros_like(out) if module is silenced else None
-        return hook
-
-    handles = [m.register_forward_pre_hook(note(n)) for n, m in block.named_modules() if n]
-    handles += [t.module.register_forward_hook(output(t)) for t in candidates]
-    try:
-        result = run()
-    finally:
-        for handle in handles:
-            handle.remove()
-    values = {place: value for place, value in values.items() if place not in repeated}
-    values[""] = result
-    return values, outputs
+def _source(block: nn.Module, stage: Stage, plain: _Seen, places: set[str]) -> tuple[Optional[nn.Module], str]:
+    """The submodule that turns the residual stream at one of `places` into the stage's inputs, and that place."""
+    names = {module: name for name, module in block.named_modules()}
+    wanted = plain.inputs.get(names[stage.targets[0].module])
+    for name, out in plain.outputs.items():
+        if out is wanted:
+            for place in places:
+                if plain.inputs.get(place) is plain.inputs.get(name, block):
+                    return block.get_submodule(name), place
+    return None, ""
