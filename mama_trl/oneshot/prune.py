@@ -14,16 +14,18 @@ from ..errors import MamaError
 from ..masks import MaskSet
 from ..selection import matrix_mask
 from ..targets import Target, find_blocks, find_targets, stack_experts
+from .alps import alps
 from .magnitude import magnitude
 from .mama import mama
 from .resume import Unfinished
 from .sparsegpt import sparsegpt
+from .stages import Goal, staged
 from .wanda import wanda
 
 logger = logging.getLogger(__name__)
 # A layer that sees fewer calibration tokens than this, while others see all, is an expert that was hardly asked.
 FEWEST_TOKENS = 64
-METHODS = ("magnitude", "wanda", "sparsegpt", "mama")
+METHODS = ("magnitude", "wanda", "sparsegpt", "alps", "mama")
 
 
 def prune(
@@ -47,7 +49,7 @@ def prune(
 
     Args:
         calibration: token ids, int64 (n, sequence_length); not needed by magnitude.
-        method: `magnitude`, `wanda`, `sparsegpt` or `mama`.
+        method: `magnitude`, `wanda`, `sparsegpt`, `alps` or `mama`.
         sparsity: pruned share in [0, 1), per matrix.
         pattern: `unstructured` or N:M, which sets the sparsity.
         layer_sparsity: sparsity by parameter name; default `sparsity` for all.
@@ -70,7 +72,7 @@ def prune(
     masks: dict[str, Tensor] = {}
     rare: list[str] = []
 
-    def prune_one(target: Target, gram: Optional[Gram]) -> None:
+    def prune_one(target: Target, gram: Optional[Gram], goal: Optional[Goal] = None) -> None:
         share = (layer_sparsity or {}).get(target.name, sparsity)
         weight = target.matrix.float()
         seen_rarely = gram is not None and gram.tokens < min(FEWEST_TOKENS, calibration.numel())
@@ -82,8 +84,14 @@ def prune(
             new, mask = wanda(weight, gram.norm, share, group)
         elif method == "sparsegpt":
             new, mask = sparsegpt(weight, gram.gram, share, group)
+        elif method == "alps":
+            new, mask = alps(weight, gram.gram, share, group)
         else:
-            new, mask = _mama(target, weight, gram, share, group, redistribution, (importance or {}).get(target.name))
+            factors = (importance or {}).get(target.name)
+            bias = None if target.bias is None else target.bias.detach().float()
+            new, mask, bias = solve_mama(weight, bias, gram, goal, share, group, redistribution, factors)
+            if bias is not None:
+                target.bias.data.copy_(bias)
         target.matrix.copy_(new)
         masks[target.name] = mask
 
@@ -94,17 +102,29 @@ def prune(
         else:
             bar = tqdm(total=len(find_blocks(model)), desc=f"prune ({method})", disable=not progress, unit="block")
 
-            def visit(own: list[Target], grams: dict[str, Gram]) -> None:
+            def visit(own: list[Target], grams: dict[str, Gram], goals: dict[str, Goal] = {}) -> None:
                 for target in own:
-                    prune_one(target, grams.pop(target.name))
+                    prune_one(target, grams.pop(target.name), goals.get(target.name))
+
+            def store(own: list[Target]) -> None:
                 if unfinished:
                     unfinished.store(own, masks)
 
+            def visit_block(own: list[Target], grams: dict[str, Gram]) -> None:
+                visit(own, grams)
+                store(own)
+
+            def advance(done: int, total: int) -> None:
+                bar.update(1)
+
+            def skip(own: list[Target]) -> bool:
+                return unfinished is not None and unfinished.restore(own, masks)
+
             with bar:
-                blockwise(
-                    model, calibration, targets, visit, batch_size, lambda done, total: bar.update(1),
-                    skip=lambda own: unfinished is not None and unfinished.restore(own, masks),
-                )
+                if method == "mama":
+                    staged(model, calibration, targets, visit, batch_size, advance, skip, store)
+                else:
+                    blockwise(model, calibration, targets, visit_block, batch_size, advance, skip)
     if rare:
         logger.warning(
             "%d of %d expert matrices saw fewer than %d calibration tokens and were pruned by magnitude without "
@@ -116,16 +136,41 @@ def prune(
     return result
 
 
-def _mama(target, weight, gram, share, group, mode, importance) -> tuple[Tensor, Tensor]:
-    if mode == "least_squares":
-        # A bias takes up the mean for free, so only the deviations from it are left to fit.
-        fitted = gram.centred if target.bias is not None else gram.gram
-        new, mask = mama(weight, fitted, share, group, importance)
-    else:
+def solve_mama(
+    weight: Tensor,
+    bias: Optional[Tensor],
+    gram: Gram,
+    goal: Optional[Goal],
+    sparsity: float,
+    group: Optional[tuple[int, int]],
+    redistribution: str,
+    importance: Optional[Tensor] = None,
+) -> tuple[Tensor, Tensor, Optional[Tensor]]:
+    """One matrix by MAMA; a pure function of tensors.
+
+    Args:
+        weight: (out, in) fp32.
+        bias: (out,) fp32 or None.
+        gram: statistics of the inputs that the pruned layers before it compute.
+        goal: what the layer should put out (bias included); None = what its dense weight makes of these inputs.
+
+    Returns:
+        (new weight, bool mask (out, in), new bias or None where there is none or it stays).
+    """
+    if redistribution != "least_squares":
         score = weight.abs() * gram.norm
-        mask = matrix_mask(score if importance is None else score * importance, share, group)
-        new = move.mean(weight, mask) if mode == "mean" else weight * mask
-    if mode in ("bias", "least_squares") and target.bias is not None:
-        # The mean output that is still missing goes into the bias; it changes no other output statistic.
-        target.bias.data += move.bias_shift(weight, new, gram.mean).to(target.bias.dtype)
-    return new, mask
+        mask = matrix_mask(score if importance is None else score * importance, sparsity, group)
+        new = move.mean(weight, mask) if redistribution == "mean" else weight * mask
+        if redistribution == "bias" and bias is not None:
+            return new, mask, bias + move.bias_shift(weight, new, gram.mean)
+        return new, mask, None
+    cross = None if goal is None else goal.cross
+    if bias is None:
+        new, mask = mama(weight, gram.gram, sparsity, group, importance, cross=cross)
+        return new, mask, None
+    # A bias takes up the mean for free, so only the deviations from it are left to fit.
+    wanted = weight @ gram.mean + bias if goal is None else goal.total / max(gram.tokens, 1)
+    if cross is not None:
+        cross = cross - wanted.outer(gram.total)
+    new, mask = mama(weight, gram.centred, sparsity, group, importance, cross=cross)
+    return new, mask, wanted - new @ gram.mean
