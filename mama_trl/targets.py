@@ -55,14 +55,22 @@ class Target:
         return (columns, rows) if self.transposed else (rows, columns)
 
     @property
-    def bias(self) -> Optional[Tensor]:
-        """(out,): the layer's bias parameter, or a view of the expert's row of the experts' bias; None without."""
+    def bias_attribute(self) -> Optional[str]:
+        """Name of the bias within `module`; of fused experts the parameter (experts, out) named after the weight."""
         if self.expert is None:
-            return getattr(self.module, "bias", None)
+            return "bias" if getattr(self.module, "bias", None) is not None else None
         for name, parameter in self.module.named_parameters(recurse=False):
             if name.startswith(self.attribute) and parameter.shape == (self.parameter.shape[0], self.shape[0]):
-                return parameter.data[self.expert]
+                return name
         return None
+
+    @property
+    def bias(self) -> Optional[Tensor]:
+        """(out,): the layer's bias parameter, or a view of the expert's row of the experts' bias; None without."""
+        if self.bias_attribute is None:
+            return None
+        bias = getattr(self.module, self.bias_attribute)
+        return bias if self.expert is None else bias.data[self.expert]
 
     def oriented(self, values: Tensor) -> Tensor:
         """Turns a tensor between parameter layout and (out, in); its own inverse."""

@@ -34,7 +34,10 @@ STRUCTURES = ("heads", "neurons")
 STRUCTURE_METHODS = ("mama", "wanda", "magnitude", "random")
 DAMPING = 1e-2  # on the unit-diagonal gram
 STEP = 0.02  # share of the living structures that goes at once
-WIDTH_FIELDS = ("intermediate_size", "ffn_dim", "n_inner", "ffn_hidden_size", "inner_dim", "d_ff", "ffn_hidden_dim")
+FEWEST_TOKENS = 64  # of an expert; with fewer its structures are chosen by magnitude and nothing is refitted
+WIDTH_FIELDS = (
+    "moe_intermediate_size", "intermediate_size", "ffn_dim", "n_inner", "ffn_hidden_size", "inner_dim", "d_ff",
+)
 
 
 # ---------------------------------------------------------------------- the layer problem, pure functions
@@ -151,7 +154,7 @@ def solve_structures(
 
 @dataclass
 class Unit:
-    """The structures of one block: `writers` produce, row group by row group, what `reader` reads.
+    """The structures of one block, or of one expert in it: `writers` produce, group by group, what `reader` reads.
 
     `rows[i]` (structures, rows a structure, any number of parts) says which output rows of `writers[i]` make which
     structure.
@@ -171,8 +174,9 @@ class Unit:
 def _by_parent(targets: list[Target]) -> dict[tuple, list[Target]]:
     found = defaultdict(list)
     for target in targets:
-        if target.block is not None and target.expert is None:
-            found[(target.block, target.module_name.rpartition(".")[0])].append(target)
+        if target.block is not None:
+            parent = target.module_name if target.expert is not None else target.module_name.rpartition(".")[0]
+            found[(target.block, parent, target.expert)].append(target)
     return found
 
 
@@ -186,8 +190,11 @@ def _neuron_unit(group: list[Target], hidden: int) -> Optional[Unit]:
         one = torch.arange(width).view(width, 1)
         if all(t.shape[0] == width for t in writers):
             return Unit(reader.block, reader, writers, [one] * len(writers), 1)
-        if len(writers) == 1 and writers[0].shape[0] == 2 * width:  # gate above up
-            return Unit(reader.block, reader, writers, [torch.cat([one, one + width], 1)], 1)
+        if len(writers) == 1 and writers[0].shape[0] == 2 * width:
+            # Gate above up, or, as some fused experts say of themselves, in turn.
+            in_turn = getattr(writers[0].module, "is_concatenated", True) is False
+            pairs = torch.cat([2 * one, 2 * one + 1] if in_turn else [one, one + width], 1)
+            return Unit(reader.block, reader, writers, [pairs], 1)
     return None
 
 
@@ -216,27 +223,30 @@ def _head_unit(group: list[Target], hidden: int, heads: int, groups: int, head_d
 
 
 def find_units(model: nn.Module, structure: str) -> list[Unit]:
-    """One `Unit` a block, all alike. Raises `MamaError` where this model's blocks have no such structure."""
+    """One `Unit` a block, or one an expert of a mixture, all alike.
+
+    A mixture's neurons are those of its fused experts; dense MLPs beside them stay as they are. Raises `MamaError`
+    where this model has no such structure.
+    """
     config = model.config
     name = type(model).__name__
-    groups = _by_parent(find_targets(model))
     hidden = getattr(config, "hidden_size", None)
-    found: dict[int, list[Unit]] = defaultdict(list)
-    for group in groups.values():
+    units = []
+    for group in _by_parent(find_targets(model, experts=True)).values():
         if structure == "neurons":
             unit = _neuron_unit(group, hidden)
         else:
-            unit = _head_unit(group, hidden, *_head_shape(config, name))
+            unit = _head_unit(group, hidden, *_head_shape(config, name)) if group[0].expert is None else None
         if unit is not None:
-            found[unit.block].append(unit)
-    blocks = len(find_blocks(model))
-    if sorted(found) != list(range(blocks)) or any(len(units) != 1 for units in found.values()):
+            units.append(unit)
+    if any(unit.reader.expert is not None for unit in units):
+        units = [unit for unit in units if unit.reader.expert is not None]
+    elif [unit.block for unit in units] != list(range(len(find_blocks(model)))):
         what = "MLP" if structure == "neurons" else "attention with separate or stacked query, key and value"
         raise MamaError(
             f"`pattern` is {structure}, but not every block of {name} has exactly one {what} of plain linear layers: "
             "use unstructured or N:M for this model."
         )
-    units = [found[index][0] for index in range(blocks)]
     if len({(unit.count, unit.size) for unit in units}) != 1:
         raise MamaError(
             f"`pattern` is {structure}, but the blocks of {name} differ in their number of them, which one config "
@@ -280,14 +290,18 @@ def _shapes(model: nn.Module, config) -> dict[str, tuple]:
 
 def _expected(model: nn.Module, units: list[Unit], keep: int) -> dict[str, tuple]:
     shapes = {name: tuple(value.shape) for name, value in model.state_dict().items()}
+
+    def resize(target: Target, outputs: int, inputs: int) -> None:
+        matrix = (inputs, outputs) if target.transposed else (outputs, inputs)
+        shapes[target.parameter_name] = shapes[target.parameter_name][:-2] + matrix
+        if target.bias is not None:
+            name = f"{target.module_name}.{target.bias_attribute}"
+            shapes[name] = shapes[name][:-1] + (outputs,)
+
     for unit in units:
         for target, rows in zip(unit.writers, unit.rows):
-            new = (keep * rows.shape[1], target.shape[1])
-            shapes[target.name] = new[::-1] if target.transposed else new
-            if target.bias is not None:
-                shapes[f"{target.module_name}.bias"] = new[:1]
-        new = (unit.reader.shape[0], keep * unit.size)
-        shapes[unit.reader.name] = new[::-1] if unit.reader.transposed else new
+            resize(target, keep * rows.shape[1], target.shape[1])
+        resize(unit.reader, unit.reader.shape[0], keep * unit.size)
     return shapes
 
 
@@ -380,16 +394,24 @@ def prune_structures(
     keep, config = _nearest_describable(model, structure, units, sparsity)
     by_name = {unit.reader.name: unit for unit in units}
     masks: dict[str, Tensor] = {}
+    seen_rarely: list[str] = []
     generator = torch.Generator().manual_seed(seed)
     drawn = {unit.reader.name: torch.rand(unit.count, generator=generator) for unit in units}
 
     def visit(own: list[Target], grams: dict[str, Gram]) -> None:
         for target in own:
-            unit = by_name[target.name]
-            importance = {"magnitude": _size_of_structures(unit), "random": drawn[target.name]}.get(method)
+            unit, gram = by_name[target.name], grams.pop(target.name)
+            rare = gram.tokens < min(FEWEST_TOKENS, calibration.numel())
+            if rare:
+                seen_rarely.append(target.name)
+            importance = None
+            if method == "magnitude" or rare:
+                importance = _size_of_structures(unit)
+            elif method == "random":
+                importance = drawn[target.name].to(target.parameter.device)
             kept, new, shift = solve_structures(
-                target.matrix.float(), grams.pop(target.name), unit.size, keep, method, redistribution,
-                target.bias is not None, None if importance is None else importance.to(target.parameter.device),
+                target.matrix.float(), gram, unit.size, keep, method, "none" if rare else redistribution,
+                target.bias is not None, importance,
             )
             target.matrix.copy_(new)
             if shift is not None:
@@ -398,13 +420,20 @@ def prune_structures(
         if unfinished:
             unfinished.store(own, masks)
 
-    bar = tqdm(total=len(units), desc=f"prune {structure} ({method})", disable=not progress, unit="block")
+    bar = tqdm(total=len(find_blocks(model)), desc=f"prune {structure} ({method})", disable=not progress, unit="block")
     with bar, torch.no_grad():
         blockwise(
             model, calibration, [unit.reader for unit in units], visit, batch_size, lambda done, total: bar.update(1),
             skip=lambda own: unfinished is not None and unfinished.restore(own, masks),
         )
-    kept = {unit.block: masks[unit.reader.name][0].view(-1, unit.size)[:, 0] for unit in units}
+    if seen_rarely:
+        logger.warning(
+            "%d of %d experts saw fewer than %d calibration tokens: their %s were chosen by magnitude and nothing was "
+            "refitted (%s%s); more calibration tokens would reach them.",
+            len(seen_rarely), len(units), FEWEST_TOKENS, structure, ", ".join(seen_rarely[:5]),
+            ", ..." if len(seen_rarely) > 5 else "",
+        )
+    kept = {name: mask[0].view(-1, by_name[name].size)[:, 0] for name, mask in masks.items()}
     small = _build(model, config, units, kept)
     _compare(model, small, calibration[:1])
     return small
@@ -419,19 +448,23 @@ def _size_of_structures(unit: Unit) -> Tensor:
 
 
 @torch.no_grad()
-def _build(model: nn.Module, config, units: list[Unit], kept: dict[int, Tensor]) -> nn.Module:
-    """A model of `config` with the kept rows and columns of `model`; `kept[block]` bool (structures,)."""
+def _build(model: nn.Module, config, units: list[Unit], kept: dict[str, Tensor]) -> nn.Module:
+    """A model of `config` with the kept rows and columns of `model`; `kept[reader's name]` bool (structures,)."""
     state = dict(model.state_dict())
+    parts: dict[str, list[Tensor]] = defaultdict(list)  # by name in the state dict; one an expert, in order
     for unit in units:
-        mask = kept[unit.block]
+        mask = kept[unit.reader.name]
         for target, rows in zip(unit.writers, unit.rows):
             # Sorted, so that the parts of a fused layer stay one above the other.
             chosen = rows.to(mask.device)[mask].flatten().sort().values
-            state[target.name] = target.oriented(target.matrix[chosen]).contiguous()
+            parts[target.parameter_name].append(target.oriented(target.matrix[chosen]))
             if target.bias is not None:
-                state[f"{target.module_name}.bias"] = target.bias.data[chosen].contiguous()
-        columns = mask.repeat_interleave(unit.size)
-        state[unit.reader.name] = unit.reader.oriented(unit.reader.matrix[:, columns]).contiguous()
+                parts[f"{target.module_name}.{target.bias_attribute}"].append(target.bias.data[chosen])
+        reader = unit.reader
+        cut = reader.matrix[:, mask.repeat_interleave(unit.size)]
+        parts[reader.parameter_name].append(reader.oriented(cut))
+    for name, pieces in parts.items():
+        state[name] = torch.stack(pieces) if state[name].dim() == pieces[0].dim() + 1 else pieces[0].contiguous()
     config._attn_implementation = model.config._attn_implementation
     small = type(model)(config).to(next(model.parameters()).device)
     # What was not cut is shared with `model`, not copied.
