@@ -314,8 +314,11 @@ def _places(block: nn.Module, candidates: list[Target], plain: _Seen, run: Calla
             if place not in silent or not value.is_floating_point() or _tokens(value).shape != change.shape:
                 continue
             value, before = _tokens(value), _tokens(silent[place])
-            rounding = 8 * torch.finfo(output.dtype).eps * value.norm()
-            if before.norm() > 0 and (value - before - change).norm() <= 1e-4 * change.norm() + rounding:
+            difference = value - before
+            rounding = torch.finfo(output.dtype).eps * (value.norm() + before.norm())
+            added = (difference - change).norm() <= 1e-4 * change.norm() + rounding
+            # Where nothing changed at all, rounding in bf16 could hide that: the change must be seen.
+            if added and before.norm() > 0 and (difference * change).sum() >= 0.5 * change.square().sum() > 0:
                 found[target.name] = place
                 break
     return found
