@@ -24,7 +24,8 @@ def unit_diagonal(gram: Tensor, damping: float = 1e-4) -> tuple[Tensor, Tensor]:
     smallest = torch.where(alive, diagonal, diagonal.max()).min()
     scale = torch.where(alive, diagonal, smallest.clamp_min(1e-30)).sqrt()
     scaled = gram / scale.outer(scale)
-    scaled = torch.nan_to_num(scaled)
+    # Correlations: beyond 1 there is only rounding, such as a small variance beside a large mean leaves.
+    scaled = torch.nan_to_num(scaled).clamp_(-1.0, 1.0)
     scaled.diagonal().copy_(torch.ones_like(scale) + damping)
     return scaled, scale
 

@@ -84,7 +84,8 @@ def test_unknown_command_suggests_the_nearest(capsys):
     (["--sparsity", "1.0"], r"`sparsity` is 1.0"),
     (["--sparsity", "-0.1"], r"`sparsity` is -0.1"),
     (["--sparsity", "nan"], "is no number"),
-    (["--method", "wonda"], "magnitude, wanda, sparsegpt, mama"),
+    (["--method", "wonda"], "magnitude, wanda, sparsegpt, alps, mama"),
+    (["--budget", "fair"], "`budget` is 'fair'"),
     (["--pattern", "4:2"], "`pattern` is '4:2'"),
     (["--calibration", "{root}/empty.txt"], "holds no text"),
     (["--calibration", "{root}/binary.txt"], "not readable as UTF-8"),
@@ -125,6 +126,8 @@ def test_missing_arguments_are_one_sentence(folder, capsys):
     (["--sparsity", "0.75", "--method", "wanda"], 0.75),
     (["--sparsity", "0.9", "--method", "sparsegpt"], 0.9),
     (["--sparsity", "0.9", "--method", "mama"], 0.9),
+    (["--sparsity", "0.9", "--method", "alps"], 0.9),
+    (["--sparsity", "0.8", "--budget", "sensitivity"], 0.8),
     (["--pattern", "2:4"], 0.5),
 ])
 def test_prune_then_evaluate(folder, tmp_path, capsys, options, sparsity):
@@ -163,9 +166,11 @@ def test_overwrite_leaves_no_stale_weights(folder, tmp_path):
 def test_levels_writes_table_and_plot(folder, tmp_path, capsys):
     arguments = [
         "levels", folder / "model", "--calibration", folder / "train.txt", "--text", folder / "held.txt",
-        "--levels", "0.9,0.5", "--methods", "magnitude,mama", "--output", tmp_path / "levels",
+        "--levels", "0.9,0.5", "--methods", "magnitude,mama", "--seeds", "0,1", "--output", tmp_path / "levels",
     ]
     assert main([str(item) for item in arguments]) == 0
+    result = json.loads((tmp_path / "levels" / "levels.json").read_text())
+    assert len(result["trials"]) == 8 and [row["seeds"] for row in result["rows"]] == [2] * 4
     names = {path.suffix for path in (tmp_path / "levels").iterdir()}
     assert {".csv", ".json", ".png"} <= names
     out = capsys.readouterr().out

@@ -7,6 +7,7 @@ min over W' of ‖X W'ᵀ − Y‖² with a given number of non-zeros, on the un
 3. conjugate gradients on the support that came out.
 """
 
+import logging
 from typing import Optional
 
 import torch
@@ -16,6 +17,7 @@ from ..redistribution import conjugate_gradients, normal_equations, unit_diagona
 from ..selection import kept_count, matrix_mask
 from .exchange import exchange
 
+logger = logging.getLogger(__name__)
 ITERATIONS = 20
 RAMP = 15  # iterations over which the sparsity rises to its target
 REFIT = 15  # steps of conjugate gradients; the ADMM solution is a close start
@@ -31,6 +33,7 @@ def mama(
     importance: Optional[Tensor] = None,
     penalty: float = 1.0,
     cross: Optional[Tensor] = None,
+    exchanges: bool = True,
 ) -> tuple[Tensor, Tensor]:
     """Mask and least-squares redistribution together.
 
@@ -42,16 +45,15 @@ def mama(
         importance: (out, in) > 0, multiplies the projection's score |w| ‖x‖; None = activation alone.
         penalty: ADMM's ρ on the unit-diagonal gram.
         cross: Yᵀ X, fp32 (out, in) of the wanted outputs; None = the outputs of `weight`.
+        exchanges: whether the mask may still be improved after ADMM; only where `importance` is None, since exchanges
+            know nothing but the layer's error.
 
     Returns:
         (new weight (out, in), bool mask (out, in)).
     """
     scaled, scale = unit_diagonal(gram, DAMPING)
     goal = normal_equations(weight, scaled, scale, DAMPING, cross)
-    # Damped well, so the factor exists; computed once and reused in every iteration.
-    shifted = scaled.clone()
-    shifted.diagonal().add_(penalty)
-    inverse = torch.cholesky_inverse(torch.linalg.cholesky(shifted))
+    inverse, penalty = _inverse(scaled, penalty)  # computed once and reused in every iteration
     dense = weight * scale
     current = dense if cross is None else (goal + penalty * dense) @ inverse
     dual = torch.zeros_like(dense)
@@ -70,9 +72,21 @@ def mama(
     scaled.diagonal().sub_(DAMPING - REFIT_DAMPING)
     goal = normal_equations(weight, scaled, scale, REFIT_DAMPING, cross)
     sparse = conjugate_gradients(scaled, goal, mask, sparse, REFIT)
-    if importance is None:
+    if exchanges and importance is None:
         sparse, mask = exchange(scaled, goal, sparse, mask, group)
     return sparse / scale * mask, mask
+
+
+def _inverse(scaled: Tensor, penalty: float) -> tuple[Tensor, float]:
+    """(A + ρ I)⁻¹ and the ρ it took: ten times more each time a gram is too far from positive definite for it."""
+    while True:
+        shifted = scaled.clone()
+        shifted.diagonal().add_(penalty)
+        factor, failed = torch.linalg.cholesky_ex(shifted)
+        if not failed:
+            return torch.cholesky_inverse(factor), penalty
+        logger.info("gram is not positive definite at penalty %g: ten times more is used", penalty)
+        penalty *= 10
 
 
 def _roughly(scores: Tensor, keep: int) -> Tensor:

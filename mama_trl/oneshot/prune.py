@@ -18,6 +18,7 @@ from .alps import alps
 from .magnitude import magnitude
 from .mama import mama
 from .resume import Unfinished
+from .sensitivity import sensitivity_budget
 from .sparsegpt import sparsegpt
 from .stages import Goal, staged
 from .wanda import wanda
@@ -26,6 +27,7 @@ logger = logging.getLogger(__name__)
 # A layer that sees fewer calibration tokens than this, while others see all, is an expert that was hardly asked.
 FEWEST_TOKENS = 64
 TOKENS_PER_INPUT = 16
+BUDGETS = ("uniform", "sensitivity")
 METHODS = ("magnitude", "wanda", "sparsegpt", "alps", "mama")
 
 
@@ -42,6 +44,11 @@ def prune(
     batch_size: int = 8,
     progress: bool = True,
     unfinished: Optional[Unfinished] = None,
+    budget: str = "uniform",
+    budget_blend: float = 0.3,
+    activation_power: float = 1.0,
+    dense_goals: bool = True,
+    exchanges: bool = True,
 ) -> MaskSet:
     """Prunes `model` in place and returns its masks.
 
@@ -55,14 +62,22 @@ def prune(
         pattern: `unstructured` or N:M, which sets the sparsity.
         layer_sparsity: sparsity by parameter name; default `sparsity` for all.
         redistribution: for `mama`: least_squares, bias, mean or none.
-        importance: for `mama`: (out, in) factors by parameter name on the activation score.
+        importance: for `mama`: (out, in) factors by parameter name on the activation score |w| ‖x‖.
         targets: default `find_targets(model, experts=True)`. An expert of a mixture to which fewer than 64
             calibration tokens came is pruned by magnitude, without redistribution; which ones is logged once.
         unfinished: where each finished block is stored, and finished blocks of a killed run are taken from.
+        budget: how the sparsity is shared among matrices: `uniform`, or by `sensitivity`, one pass of calibration
+            gradients over the dense model. `layer_sparsity` and N:M go before it.
+        budget_blend: share of the sensitivity budget, the rest uniform.
+        activation_power: for `mama`: exponent of ‖x‖ in the activation score; 0 leaves the inputs out of the indicator.
+        dense_goals: for `mama` with least_squares: each layer aims at the dense model's outputs; False = at what its
+            dense weight makes of the inputs it gets, as other methods do.
+        exchanges: for `mama` with least_squares: exchange kept for pruned connections while that lowers the error.
 
     Raises:
         MamaError: a value makes no sense, or calibration tokens are missing.
     """
+    check_choice(budget, BUDGETS, "budget")
     check_choice(method, METHODS, "method")
     check_choice(redistribution, REDISTRIBUTIONS, "redistribution")
     check_sparsity(sparsity)
@@ -70,6 +85,12 @@ def prune(
     targets = targets if targets is not None else find_targets(model, experts=True)
     if calibration is None and method != "magnitude":
         raise MamaError(f"`calibration` is missing: method {method} needs token ids (n, sequence_length).")
+    if calibration is None and budget != "uniform":
+        raise MamaError(f"`calibration` is missing: budget {budget} needs token ids (n, sequence_length).")
+    if budget == "sensitivity" and layer_sparsity is None and group is None:
+        layer_sparsity = sensitivity_budget(
+            model, _enough(calibration, targets), sparsity, budget_blend, targets, batch_size, progress
+        )
     masks: dict[str, Tensor] = {}
     rare: list[str] = []
 
@@ -79,6 +100,9 @@ def prune(
         seen_rarely = gram is not None and gram.tokens < min(FEWEST_TOKENS, calibration.numel())
         if seen_rarely:
             rare.append(target.name)
+        elif gram is not None and not bool(torch.isfinite(gram.gram.sum())):
+            logger.warning("%s reads inputs with NaN or infinity: it was pruned by magnitude.", target.name)
+            seen_rarely = True
         if method == "magnitude" or seen_rarely:
             new, mask = magnitude(weight, share, group)
         elif method == "wanda":
@@ -90,7 +114,12 @@ def prune(
         else:
             factors = (importance or {}).get(target.name)
             bias = None if target.bias is None else target.bias.detach().float()
-            new, mask, bias = solve_mama(weight, bias, gram, goal, share, group, redistribution, factors)
+            if activation_power != 1.0:
+                norm = gram.norm.clamp_min(1e-12 * gram.norm.max().clamp_min(1e-30))
+                factors = norm.pow(activation_power - 1.0) * (1.0 if factors is None else factors)
+                factors = factors.expand(target.shape)
+            goal = goal if dense_goals else None
+            new, mask, bias = solve_mama(weight, bias, gram, goal, share, group, redistribution, factors, exchanges)
             if bias is not None:
                 target.bias.data.copy_(bias)
         target.matrix.copy_(new)
@@ -156,6 +185,7 @@ def solve_mama(
     group: Optional[tuple[int, int]],
     redistribution: str,
     importance: Optional[Tensor] = None,
+    exchanges: bool = True,
 ) -> tuple[Tensor, Tensor, Optional[Tensor]]:
     """One matrix by MAMA; a pure function of tensors.
 
@@ -177,11 +207,11 @@ def solve_mama(
         return new, mask, None
     cross = None if goal is None else goal.cross
     if bias is None:
-        new, mask = mama(weight, gram.gram, sparsity, group, importance, cross=cross)
+        new, mask = mama(weight, gram.gram, sparsity, group, importance, cross=cross, exchanges=exchanges)
         return new, mask, None
     # A bias takes up the mean for free, so only the deviations from it are left to fit.
     wanted = weight @ gram.mean + bias if goal is None else goal.total / max(gram.tokens, 1)
     if cross is not None:
         cross = cross - wanted.outer(gram.total)
-    new, mask = mama(weight, gram.centred, sparsity, group, importance, cross=cross)
+    new, mask = mama(weight, gram.centred, sparsity, group, importance, cross=cross, exchanges=exchanges)
     return new, mask, wanted - new @ gram.mean

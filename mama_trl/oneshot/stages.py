@@ -100,16 +100,18 @@ def staged(
         for index, (name, block) in enumerate(blocks):
             own = [t for t in targets if t.module_name.startswith(name + ".")]
             plan = _plan(block, name, own, lambda: short.run(index, probe)) if own else []
+            run = [lambda i=i: calls.run(index, pruned[i]) for i in range(len(pruned))]
+            # The first stage's inputs need no pruned layer of this block, so it is measured before the dense stream
+            # moves on: then the stream before the block need not be kept.
+            early = [_measure(block, plan[0], run, {INPUT: dense})] if plan and plan[0].writer is None else []
             streams = _run_dense(block, plan, lambda states: calls.run(index, states), dense)
             probe = short.run(index, probe)
             if own and not (skip and skip(own)):
                 for stage in plan:
-                    run = [lambda states=states: calls.run(index, states) for states in pruned]
-                    visit(stage.targets, *_measure(block, stage, run, streams))
+                    visit(stage.targets, *(early.pop() if early else _measure(block, stage, run, streams)))
                 if finish:
                     finish(own)
-            dense = streams[OUTPUT]
-            del streams
+            streams.clear()
             for i, states in enumerate(pruned):
                 pruned[i] = calls.run(index, states)
             if on_block:
@@ -124,15 +126,19 @@ def staged(
 
 
 def _run_dense(block: nn.Module, plan: list[Stage], run, dense: list[Tensor]) -> dict[str, list[Tensor]]:
-    """The dense residual stream before and after a block and at each writer's place, by batch."""
+    """Moves `dense` through a block; the dense residual stream at every place that later stages need, by batch."""
     places = {place for stage in plan for place in (stage.place, stage.source) if place} - {INPUT, OUTPUT}
-    streams: dict[str, list[Tensor]] = {INPUT: dense, **{place: [] for place in places}}
+    streams: dict[str, list[Tensor]] = {place: [] for place in places}
     handles = [
         block.get_submodule(place).register_forward_pre_hook(lambda _, args, kept=streams[place]: kept.append(args[0]))
         for place in places
     ]
+    if any(stage.source == INPUT for stage in plan[1:]):  # a parallel block: its MLP reads the block's input too
+        streams[INPUT] = list(dense)
     try:
-        streams[OUTPUT] = [run(states) for states in dense]
+        for i, states in enumerate(dense):
+            dense[i] = run(states)
+        streams[OUTPUT] = dense
     finally:
         for handle in handles:
             handle.remove()

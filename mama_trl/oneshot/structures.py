@@ -86,8 +86,8 @@ def choose_structures(weight: Tensor, gram: Tensor, size: int, keep: int, dampin
         alive -= go
         columns = gone.repeat_interleave(size)
         solved = torch.linalg.solve(inverse[columns][:, columns], inverse[columns])
-        weight = weight - weight[:, columns] @ solved
-        inverse = inverse - inverse[:, columns] @ solved
+        weight -= weight[:, columns] @ solved
+        inverse.addmm_(inverse[:, columns], solved, alpha=-1)
         # Gone for good: a unit block keeps later solves regular.
         weight[:, columns] = 0
         inverse[columns] = 0

@@ -21,7 +21,12 @@ def make_parser():
     parser.add_argument("--output", required=True, metavar="DIR", help="folder for the pruned model")
     parser.add_argument("--sparsity", type=common.share, default=0.5, help="pruned share, in [0, 1) (default 0.5)")
     parser.add_argument(
-        "--method", default="mama", help="mama (default: mask and redistribution together), magnitude, wanda, sparsegpt"
+        "--method", default="mama",
+        help="mama (default: mask and redistribution together), magnitude, wanda, sparsegpt, alps",
+    )
+    parser.add_argument(
+        "--budget", default="uniform",
+        help="sparsity of each matrix: uniform (default), or by sensitivity (one pass of calibration gradients)",
     )
     parser.add_argument(
         "--pattern", default="unstructured", help="unstructured (default), N:M such as 2:4, or whole: neurons, heads"
@@ -39,16 +44,17 @@ def main(args) -> None:
     from ..config import check_choice, check_sparsity, parse_pattern
     from ..errors import MamaError
     from ..masks import MaskSet
-    from ..oneshot import METHODS, STRUCTURE_METHODS, STRUCTURES, prune, prune_structures
+    from ..oneshot import BUDGETS, METHODS, STRUCTURE_METHODS, STRUCTURES, prune, prune_structures
     from ..oneshot.resume import Unfinished
 
     check_sparsity(args.sparsity)
     whole = args.pattern in STRUCTURES
     check_choice(args.method, STRUCTURE_METHODS if whole else METHODS, "method")
+    check_choice(args.budget, BUDGETS, "budget")
     if not whole:
         parse_pattern(args.pattern)
     common.check_model_source(args.model)
-    if args.calibration is None and (whole or args.method != "magnitude"):
+    if args.calibration is None and (whole or args.method != "magnitude" or args.budget != "uniform"):
         raise MamaError(f"`calibration` is missing: {args.method} measures activations on a text; give a file.")
     if whole and MaskSet.load(args.model) is not None:
         raise MamaError(
@@ -79,7 +85,7 @@ def main(args) -> None:
         return
     masks = prune(
         model, rows, args.method, args.sparsity, args.pattern, batch_size=args.batch_size,
-        unfinished=None if rows is None else unfinished,
+        unfinished=None if rows is None else unfinished, budget=args.budget,
     )
     _save(model, tokenizer, output)
     masks.save(output)
