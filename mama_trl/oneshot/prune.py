@@ -18,7 +18,7 @@ from .alps import alps
 from .magnitude import magnitude
 from .mama import mama
 from .resume import Unfinished
-from .sensitivity import sensitivity_budget
+from .sensitivity import default_blend, sensitivity_budget
 from .sparsegpt import sparsegpt
 from .stages import Goal, staged
 from .wanda import wanda
@@ -44,8 +44,8 @@ def prune(
     batch_size: int = 8,
     progress: bool = True,
     unfinished: Optional[Unfinished] = None,
-    budget: str = "uniform",
-    budget_blend: float = 0.3,
+    budget: Optional[str] = None,
+    budget_blend: Optional[float] = None,
     activation_power: float = 1.0,
     dense_goals: bool = True,
     exchanges: bool = True,
@@ -67,8 +67,9 @@ def prune(
             calibration tokens came is pruned by magnitude, without redistribution; which ones is logged once.
         unfinished: where each finished block is stored, and finished blocks of a killed run are taken from.
         budget: how the sparsity is shared among matrices: `uniform`, or by `sensitivity`, one pass of calibration
-            gradients over the dense model. `layer_sparsity` and N:M go before it.
-        budget_blend: share of the sensitivity budget, the rest uniform.
+            gradients over the dense model. Default sensitivity for `mama`, uniform for the others, as their papers do.
+            `layer_sparsity` and N:M go before it.
+        budget_blend: share of the sensitivity budget, the rest uniform; default `default_blend(sparsity)`.
         activation_power: for `mama`: exponent of ‖x‖ in the activation score; 0 leaves the inputs out of the indicator.
         dense_goals: for `mama` with least_squares: each layer aims at the dense model's outputs; False = at what its
             dense weight makes of the inputs it gets, as other methods do.
@@ -77,7 +78,7 @@ def prune(
     Raises:
         MamaError: a value makes no sense, or calibration tokens are missing.
     """
-    check_choice(budget, BUDGETS, "budget")
+    budget = check_choice(budget or ("sensitivity" if method == "mama" else "uniform"), BUDGETS, "budget")
     check_choice(method, METHODS, "method")
     check_choice(redistribution, REDISTRIBUTIONS, "redistribution")
     check_sparsity(sparsity)
@@ -87,10 +88,10 @@ def prune(
         raise MamaError(f"`calibration` is missing: method {method} needs token ids (n, sequence_length).")
     if calibration is None and budget != "uniform":
         raise MamaError(f"`calibration` is missing: budget {budget} needs token ids (n, sequence_length).")
-    if budget == "sensitivity" and layer_sparsity is None and group is None:
-        layer_sparsity = sensitivity_budget(
-            model, _enough(calibration, targets), sparsity, budget_blend, targets, batch_size, progress
-        )
+    if budget == "sensitivity" and layer_sparsity is None and group is None and sparsity > 0:
+        blend = default_blend(sparsity) if budget_blend is None else budget_blend
+        few = calibration[: -(-calibration.shape[0] // 4)]
+        layer_sparsity = sensitivity_budget(model, few, sparsity, blend, targets, batch_size, progress)
     masks: dict[str, Tensor] = {}
     rare: list[str] = []
 

@@ -257,6 +257,15 @@ class Comparison:
         self.reference = perplexity(self.model, self.heldout, args.batch_size)
         self.vocabulary = self.model.config.get_text_config().vocab_size
 
+    @property
+    def source(self) -> str:
+        """The model's folder or hub id."""
+        return self._args.model
+
+    def restore(self) -> None:
+        """Puts the dense weights back into the model."""
+        self.model.load_state_dict(self.dense)
+
     def rows(self, seed: int):
         """Calibration token ids of one seed, int64 (n, sequence_length)."""
         return self._rows[seed]

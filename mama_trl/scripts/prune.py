@@ -25,8 +25,8 @@ def make_parser():
         help="mama (default: mask and redistribution together), magnitude, wanda, sparsegpt, alps",
     )
     parser.add_argument(
-        "--budget", default="uniform",
-        help="sparsity of each matrix: uniform (default), or by sensitivity (one pass of calibration gradients)",
+        "--budget",
+        help="sparsity of each matrix: uniform, or by sensitivity, one pass of gradients (default for mama)",
     )
     parser.add_argument(
         "--pattern", default="unstructured", help="unstructured (default), N:M such as 2:4, or whole: neurons, heads"
@@ -50,11 +50,12 @@ def main(args) -> None:
     check_sparsity(args.sparsity)
     whole = args.pattern in STRUCTURES
     check_choice(args.method, STRUCTURE_METHODS if whole else METHODS, "method")
-    check_choice(args.budget, BUDGETS, "budget")
+    if args.budget is not None:
+        check_choice(args.budget, BUDGETS, "budget")
     if not whole:
         parse_pattern(args.pattern)
     common.check_model_source(args.model)
-    if args.calibration is None and (whole or args.method != "magnitude" or args.budget != "uniform"):
+    if args.calibration is None and (whole or args.method != "magnitude" or args.budget == "sensitivity"):
         raise MamaError(f"`calibration` is missing: {args.method} measures activations on a text; give a file.")
     if whole and MaskSet.load(args.model) is not None:
         raise MamaError(
