@@ -15,6 +15,7 @@ _EXPORTS = {
     "MamaGRPOTrainer": "grpo",
     "MaskSet": "masks",
     "prune": "oneshot",
+    "prune_structures": "oneshot",
 }
 __all__ = sorted(_EXPORTS)
 

@@ -17,6 +17,7 @@ WITHOUT_TRAINING = {
     "prune": "prune a saved model in one shot",
     "evaluate": "perplexity, sparsity and size of a saved model",
     "levels": "compare pruning methods at several sparsities",
+    "ablation": "compare MAMA with one of its parts changed at a time",
     "report": "rebuild the HTML report of a finished run",
     "run": "the whole way from a recipe: pre-train, fine-tune, GRPO, distil, evaluate, report",
 }

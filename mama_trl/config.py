@@ -32,7 +32,10 @@ def parse_pattern(pattern: str) -> Optional[tuple[int, int]]:
         return None
     match = re.fullmatch(r"(\d+):(\d+)", str(pattern))
     if not match or not 0 < int(match[1]) < int(match[2]):
-        raise MamaError(f"`pattern` is {pattern!r}: use unstructured, or N:M with 0 < N < M, such as 2:4.")
+        raise MamaError(
+            f"`pattern` is {pattern!r}: use unstructured, or N:M with 0 < N < M, such as 2:4 (`mama prune` also knows "
+            "heads and neurons)."
+        )
     return int(match[1]), int(match[2])
 
 

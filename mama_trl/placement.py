@@ -1,27 +1,30 @@
-"""Where a mask update finds a block's matrices, and how the solved ones get back.
+"""Where a mask update finds a block and its matrices, and how the solved ones get back.
 
 `Local` is for a model that this process holds alone. `Spread` is for a training run of several processes: each
-gathers one matrix at a time, the matrices of a block are solved on different ranks at once, and every rank writes
-what it owns of the results. Beyond its shards a rank holds one block's grams and its share of one block's matrices.
+calibrates on its own tokens, the grams are added up, the matrices of a stage are solved on different ranks at once,
+and every rank writes what it owns of the results. Where the parameters are sharded, a block is gathered into a plain
+copy that each rank runs alone, one block at a time: beyond its shards a rank holds one block and its grams.
 """
 
-from dataclasses import dataclass
+import copy
+from dataclasses import dataclass, replace
 from typing import Optional
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 
 from . import ranks
 from .bits import bytes_for, pack_bits, unpack_bits
 from .calibration import Gram
 from .masks import MaskSet
-from .shards import Shard, settle, shards_of
-from .targets import Target
+from .shards import Shard, settle, shard_of, shards_of
+from .targets import Target, find_blocks, stack_experts
 
 
 @dataclass
 class Solved:
-    """One solved matrix: `weight` fp32 (out, in), bool `mask` (out, in), what the bias gains (out,) or None."""
+    """One solved matrix: `weight` fp32 (out, in), bool `mask` (out, in), the new bias (out,) or None if it stays."""
 
     weight: Tensor
     mask: Tensor
@@ -29,30 +32,50 @@ class Solved:
 
 
 class Local:
-    """The whole model in this process; weights are read and written in place."""
+    """The whole model in this process; weights are read and written in place.
+
+    `found` holds the bool masks (out, in) by target name.
+    """
+
+    may_stop = True  # whether a forward pass of the model may be ended by an exception
 
     def __init__(self):
-        self._masks: dict[str, Tensor] = {}
+        self.found: dict[str, Tensor] = {}
 
-    def add_up(self, grams: dict[str, Gram]) -> None:
-        """Makes the grams those of all ranks' tokens."""
+    def same(self, tokens: Tensor) -> Tensor:
+        """`tokens` that are the same on every rank."""
+        return tokens
 
-    def read(self, targets: list[Target]) -> dict[str, Tensor]:
-        """The matrices that this process has to solve, fp32 (out, in)."""
-        return {target.name: target.matrix.float() for target in targets}
+    def runnable(self, index: int, name: str, block: nn.Module, own: list[Target]) -> tuple[nn.Module, list[Target]]:
+        """A block that runs without any other rank, and its targets."""
+        return block, own
 
-    def write(self, targets: list[Target], solved: dict[str, Solved]) -> None:
-        for target in targets:
+    def release(self, index: int) -> None:
+        """The block is done with."""
+
+    def add_up(self, grams: dict[str, Gram], goals: dict) -> None:
+        """Makes the grams and goals those of all ranks' tokens."""
+
+    def read(self, own: list[Target], target: Target) -> Optional[tuple[Tensor, Optional[Tensor]]]:
+        """(weight (out, in), bias (out,) or None), fp32; None if another rank solves this matrix."""
+        return target.matrix.float(), None if target.bias is None else target.bias.detach().float()
+
+    def write(self, own: list[Target], solved: dict[str, Solved]) -> None:
+        for target in own:
             result = solved[target.name]
-            target.matrix.copy_(result.weight)
-            if result.bias is not None:
-                target.bias.data += result.bias.to(target.bias.dtype)
-            self._masks[target.name] = target.oriented(result.mask).contiguous()
+            _write_here(target, result)
+            self.found[target.name] = result.mask
 
     def masks(self, targets: list[Target], pattern: str) -> MaskSet:
-        result = MaskSet.from_masks({target.name: self._masks[target.name] for target in targets}, pattern)
-        result.bind(shards_of((target.name, target.parameter) for target in targets))
+        result = MaskSet.from_masks(stack_experts(targets, self.found), pattern)
+        result.bind(shards_of({target.parameter_name: target.parameter for target in targets}.items()))
         return result
+
+
+def _write_here(target: Target, result: Solved) -> None:
+    target.matrix.copy_(result.weight)
+    if result.bias is not None:
+        target.bias.data.copy_(result.bias)
 
 
 class Spread(Local):
@@ -61,53 +84,100 @@ class Spread(Local):
     Args:
         model: the unwrapped model.
         shards: of the targets' weights and biases, by parameter name.
-        group: all processes; each has calibrated on its own tokens.
+        group: all processes; each calibrates on its own tokens.
     """
 
     def __init__(self, model: nn.Module, shards: dict[str, Shard], group: ranks.Group):
         super().__init__()
         self._model, self._shards, self._group = model, shards, group
+        first = next(iter(shards.values()))
+        # ZeRO-1 and ZeRO-2 leave whole working weights on every rank, whose blocks run as they are.
+        self._sharded = first.group is not None and first.parameter.data.shape != first.shape
+        self._sharded = self._sharded or isinstance(model, FSDPModule)
+        self.may_stop = not self._sharded
+        self._plain: Optional[nn.Module] = None
+        self._packed: dict[str, Tensor] = {}
 
-    def _mine(self, index: int) -> bool:
-        return index % ranks.size(self._group) == ranks.rank(self._group)
+    def same(self, tokens: Tensor) -> Tensor:
+        return ranks.from_rank(tokens.contiguous(), 0, self._group)
 
-    def add_up(self, grams: dict[str, Gram]) -> None:
-        for gram in grams.values():
+    # ------------------------------------------------------------------ one block
+
+    def runnable(self, index: int, name: str, block: nn.Module, own: list[Target]) -> tuple[nn.Module, list[Target]]:
+        if not self._sharded:
+            return block, own
+        settle(self._model)
+        plain = self._plain_block(index)
+        device = next(iter(self._shards.values())).parameter.device
+        plain.to_empty(device=device)
+        theirs = dict(block.named_parameters())
+        for local, parameter in plain.named_parameters():
+            shard = self._shards.get(f"{name}.{local}") or shard_of(f"{name}.{local}", theirs[local])
+            parameter.data = shard.full().to(device, theirs[local].dtype)
+        for (_, mine), (_, buffer) in zip(plain.named_buffers(), block.named_buffers()):
+            mine.data.copy_(buffer)
+        modules = dict(plain.named_modules())
+        return plain, [replace(t, module=modules[t.module_name[len(name) + 1 :]]) for t in own]
+
+    def _plain_block(self, index: int) -> nn.Module:
+        """The block without weights and without any engine's hooks, from a model built anew."""
+        if self._plain is None:
+            cls = next(c for c in type(self._model).__mro__ if not issubclass(c, FSDPModule))
+            with torch.device("meta"):
+                self._plain = cls(copy.deepcopy(self._model.config)).eval()
+        return find_blocks(self._plain)[index][1]
+
+    def release(self, index: int) -> None:
+        if self._sharded:
+            self._plain_block(index).to_empty(device="meta")
+
+    # ------------------------------------------------------------------ one stage
+
+    def _solver(self, own: list[Target], target: Target) -> int:
+        return [t.name for t in own].index(target.name) % ranks.size(self._group)
+
+    def add_up(self, grams: dict[str, Gram], goals: dict) -> None:
+        for gram in {id(gram): gram for gram in grams.values()}.values():  # layers with one input share one gram
             gram.gram = ranks.total(gram.gram, self._group)
             gram.total = ranks.total(gram.total, self._group)
             tokens = torch.tensor(gram.tokens, dtype=torch.int64, device=gram.gram.device)
             gram.tokens = int(ranks.total(tokens, self._group))
+        for name in sorted(goals):
+            goals[name].cross = ranks.total(goals[name].cross, self._group)
+            goals[name].total = ranks.total(goals[name].total, self._group)
 
-    def read(self, targets: list[Target]) -> dict[str, Tensor]:
-        mine = {}
-        for index, target in enumerate(targets):
-            whole = self._shards[target.name].full()
-            if self._mine(index):
-                mine[target.name] = target.oriented(whole).float().to(target.device)
-        return mine
+    def read(self, own: list[Target], target: Target) -> Optional[tuple[Tensor, Optional[Tensor]]]:
+        # From the masters: the working copy may be rounded.
+        weight = self._shards[target.name].full()
+        bias = self._shards[f"{target.module_name}.bias"].full() if target.bias is not None else None
+        if self._solver(own, target) != ranks.rank(self._group):
+            return None
+        weight = target.oriented(weight).float().to(target.device)
+        return weight, None if bias is None else bias.float().to(target.device)
 
-    def write(self, targets: list[Target], solved: dict[str, Solved]) -> None:
-        settle(self._model)
-        for index, target in enumerate(targets):
-            result = self._handed_out(index, target, solved.pop(target.name, None))
+    def write(self, own: list[Target], solved: dict[str, Solved]) -> None:
+        for target in own:
+            result = self._handed_out(self._solver(own, target), target, solved.pop(target.name, None))
+            if self._sharded and target.block is not None:
+                _write_here(target, result)  # the plain copy, which later stages run through
             shard = self._shards[target.name]
             shard.write(target.oriented(result.weight).contiguous().to(shard.master.device, shard.master.dtype))
             flags = shard.owned(target.oriented(result.mask).contiguous())
-            self._masks[target.name] = pack_bits(flags).to(shard.master.device)
+            self._packed[target.name] = pack_bits(flags).to(shard.master.device)
             if result.bias is not None:
                 bias = self._shards[f"{target.module_name}.bias"]
-                bias.write(bias.full() + result.bias.to(bias.master.device, bias.master.dtype))
+                bias.write(result.bias.to(bias.master.device, bias.master.dtype))
 
-    def _handed_out(self, index: int, target: Target, own: Optional[Solved]) -> Solved:
+    def _handed_out(self, source: int, target: Target, own: Optional[Solved]) -> Solved:
         """The result of the rank that solved this matrix."""
-        source, group = index % ranks.size(self._group), self._group
+        group = self._group
         if group is None:
             return own
         outputs, inputs = target.shape
         empty = torch.empty(0, device=target.device)
         weight = own.weight if own else empty.new_empty(outputs, inputs)
         packed = pack_bits(own.mask) if own else empty.new_empty(bytes_for(outputs * inputs), dtype=torch.uint8)
-        # Whether there is a shift is the same on every rank, but only the solver knows it.
+        # Whether the bias changes is the same on every rank, but only the solver knows it.
         has_bias = torch.tensor(own is not None and own.bias is not None, dtype=torch.uint8, device=target.device)
         weight = ranks.from_rank(weight, source, group)
         mask = unpack_bits(ranks.from_rank(packed, source, group), (outputs, inputs))
@@ -117,4 +187,4 @@ class Spread(Local):
         return Solved(weight, mask, bias)
 
     def masks(self, targets: list[Target], pattern: str) -> MaskSet:
-        return MaskSet.from_shards(self._masks, [self._shards[target.name] for target in targets], pattern)
+        return MaskSet.from_shards(self._packed, [self._shards[target.name] for target in targets], pattern)

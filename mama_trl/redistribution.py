@@ -24,13 +24,20 @@ def unit_diagonal(gram: Tensor, damping: float = 1e-4) -> tuple[Tensor, Tensor]:
     smallest = torch.where(alive, diagonal, diagonal.max()).min()
     scale = torch.where(alive, diagonal, smallest.clamp_min(1e-30)).sqrt()
     scaled = gram / scale.outer(scale)
-    scaled = torch.nan_to_num(scaled)
+    # Correlations: beyond 1 there is only rounding, such as a small variance beside a large mean leaves.
+    scaled = torch.nan_to_num(scaled).clamp_(-1.0, 1.0)
     scaled.diagonal().copy_(torch.ones_like(scale) + damping)
     return scaled, scale
 
 
 def least_squares(
-    weight: Tensor, gram: Tensor, mask: Tensor, start: Tensor | None = None, steps: int = 40, damping: float = 1e-4
+    weight: Tensor,
+    gram: Tensor,
+    mask: Tensor,
+    start: Tensor | None = None,
+    steps: int = 40,
+    damping: float = 1e-4,
+    cross: Tensor | None = None,
 ) -> Tensor:
     """Kept weights that lose least, by conjugate gradients projected on the mask, all rows at once.
 
@@ -41,18 +48,37 @@ def least_squares(
         start: first guess; default W on the mask.
         steps: iterations; each costs one (out, in) × (in, in) product.
         damping: on the unit-diagonal gram, towards `weight`.
+        cross: Yᵀ X (out, in) of the wanted outputs Y; default those of W, which is W Xᵀ X.
 
     Returns:
         W' (out, in), zero where the mask is. Never worse than `start` in damped layer error.
     """
     scaled, scale = unit_diagonal(gram, damping)
+    guess = (weight if start is None else start) * scale * mask
+    goal = normal_equations(weight, scaled, scale, damping, cross)
+    return conjugate_gradients(scaled, goal, mask, guess, steps) / scale * mask
+
+
+def normal_equations(weight: Tensor, scaled: Tensor, scale: Tensor, damping: float, cross: Tensor | None) -> Tensor:
+    """Right side B (out, in) of W' A = B in unit-diagonal space, A = `scaled` with its damping towards `weight`."""
     dense = weight * scale
-    guess = (dense if start is None else start * scale) * mask
-    residual = (dense - guess) @ scaled * mask
+    return dense @ scaled if cross is None else torch.nan_to_num(cross / scale) + damping * dense
+
+
+def conjugate_gradients(matrix: Tensor, goal: Tensor, mask: Tensor, guess: Tensor, steps: int) -> Tensor:
+    """Solves (W A)[mask] = B[mask] for W supported on `mask`, each row by itself.
+
+    Args:
+        matrix: A, symmetric positive definite (in, in).
+        goal: B (out, in).
+        guess: start (out, in), zero outside the mask.
+    """
+    guess = guess.clone()
+    residual = (goal - guess @ matrix) * mask
     direction = residual.clone()
     square = residual.square().sum(1, keepdim=True)
     for _ in range(steps):
-        product = direction @ scaled * mask
+        product = direction @ matrix * mask
         curve = (direction * product).sum(1, keepdim=True)
         step = torch.where(curve > 0, square / curve.clamp_min(1e-30), torch.zeros_like(curve))
         guess += step * direction
@@ -61,7 +87,7 @@ def least_squares(
         turn = torch.where(square > 0, fresh / square.clamp_min(1e-30), torch.zeros_like(square))
         direction = residual + turn * direction
         square = fresh
-    return guess / scale * mask
+    return guess
 
 
 def mean(weight: Tensor, mask: Tensor) -> Tensor:

@@ -323,9 +323,9 @@ def _refuse_unsupported(model: nn.Module) -> None:
     if any(not p.is_floating_point() for p in parameters) or getattr(model, "is_quantized", False):
         raise MamaError("the model holds quantized (8-bit or 4-bit) weights, which cannot be pruned: load it in bf16.")
     if any(isinstance(module, FullyShardedDataParallel) for module in model.modules()):
-        raise MamaError("MAMA masks need FSDP2, and this is FSDP1: set `fsdp_version: 2`, or --accelerate_config fsdp2.")
+        raise MamaError("MAMA masks need FSDP2, and this is FSDP1: set `fsdp_version: 2` in the accelerate config.")
     if engine == DistributedType.MEGATRON_LM:
-        raise MamaError("MAMA masks are not supported under Megatron-LM: launch with --accelerate_config zero3 or fsdp2.")
+        raise MamaError("MAMA masks are not supported under Megatron-LM: use --accelerate_config zero3 or fsdp2.")
     if engine == DistributedType.DEEPSPEED and not any(
         hasattr(p, "ds_id") or hasattr(p, "_hp_mapping") for p in parameters
     ):
@@ -343,7 +343,7 @@ def _refuse_unsupported(model: nn.Module) -> None:
             )
         if getattr(parameter, "ds_secondary_tensor", None) is not None:
             raise MamaError(
-                "`zero_hpz_partition_size` keeps second copies of the weights, which masks would not reach: set it to 1."
+                "`zero_hpz_partition_size` keeps second copies of the weights, which masks do not reach: set it to 1."
             )
         if getattr(getattr(parameter, "_z3_optimizer", None), "swap_optimizer", False):
             raise MamaError("the optimizer is offloaded to NVMe, where masks do not reach: offload it to cpu instead.")

@@ -1,5 +1,6 @@
-"""Which parameters are prunable: the weights of linear layers inside the decoder blocks."""
+"""Which parameters are prunable: the weights of linear layers, and of fused experts, inside the decoder blocks."""
 
+import logging
 import re
 from dataclasses import dataclass
 from typing import Optional
@@ -11,6 +12,9 @@ from transformers.pytorch_utils import Conv1D
 from .errors import MamaError
 from .shards import full_shape
 
+logger = logging.getLogger(__name__)
+_said: set[str] = set()
+
 
 @dataclass(frozen=True, eq=False)
 class Target:
@@ -18,6 +22,9 @@ class Target:
 
     `name` is the parameter's name in the model's state dict; `matrix` is always (out, in), also for
     GPT-2's `Conv1D`, whose `parameter` is stored (in, out). `block` is the decoder layer's number.
+
+    A mixture of experts keeps the matrices of all its experts in one 3-D parameter: then `expert` is the position
+    in it, `name` ends in `[expert]`, and `parameter` and `parameter_name` stand for the whole 3-D parameter.
     """
 
     name: str
@@ -25,33 +32,50 @@ class Target:
     module: nn.Module
     kind: str
     block: Optional[int]
-
-    @property
-    def transposed(self) -> bool:
-        return isinstance(self.module, Conv1D)
+    attribute: str = "weight"
+    expert: Optional[int] = None
+    transposed: bool = False  # the parameter is stored (in, out)
 
     @property
     def parameter(self) -> nn.Parameter:
-        return self.module.weight
+        return getattr(self.module, self.attribute)
+
+    @property
+    def parameter_name(self) -> str:
+        return f"{self.module_name}.{self.attribute}"
 
     @property
     def matrix(self) -> Tensor:
         """(out, in) view of the weight: writing to it writes to the parameter."""
-        weight = self.module.weight.data
-        return weight.t() if self.transposed else weight
+        weight = self.parameter.data
+        return self.oriented(weight if self.expert is None else weight[self.expert])
 
     @property
     def shape(self) -> tuple[int, int]:
-        rows, columns = full_shape(self.module.weight)
+        rows, columns = full_shape(self.parameter)[-2:]
         return (columns, rows) if self.transposed else (rows, columns)
 
     @property
     def device(self) -> torch.device:
-        return self.module.weight.device
+        return self.parameter.device
 
     @property
-    def bias(self) -> Optional[nn.Parameter]:
-        return getattr(self.module, "bias", None)
+    def bias_attribute(self) -> Optional[str]:
+        """Name of the bias within `module`; of fused experts the parameter (experts, out) named after the weight."""
+        if self.expert is None:
+            return "bias" if getattr(self.module, "bias", None) is not None else None
+        for name, parameter in self.module.named_parameters(recurse=False):
+            if name.startswith(self.attribute) and parameter.shape == (self.parameter.shape[0], self.shape[0]):
+                return name
+        return None
+
+    @property
+    def bias(self) -> Optional[Tensor]:
+        """(out,): the layer's bias parameter, or a view of the expert's row of the experts' bias; None without."""
+        if self.bias_attribute is None:
+            return None
+        bias = getattr(self.module, self.bias_attribute)
+        return bias if self.expert is None else bias.data[self.expert]
 
     def oriented(self, values: Tensor) -> Tensor:
         """Turns a tensor between parameter layout and (out, in); its own inverse."""
@@ -81,16 +105,65 @@ def find_blocks(model: nn.Module) -> list[tuple[str, nn.Module]]:
     return [(f"{best[0]}.{index}", block) for index, block in enumerate(best[1])]
 
 
+def fused_experts(module: nn.Module) -> dict[str, nn.Parameter]:
+    """The 3-D parameters (experts, a, b) of a module that holds a mixture's experts, by name; else empty.
+
+    Recognised by shape: two or more 3-D parameters of its own that agree in the number of experts.
+    """
+    if isinstance(module, nn.modules.conv._ConvNd):  # a convolution's kernel is 3-D as well
+        return {}
+    found = {n: p for n, p in module.named_parameters(recurse=False) if p.dim() == 3 and min(p.shape[1:]) > 1}
+    return found if len(found) >= 2 and len({p.shape[0] for p in found.values()}) == 1 else {}
+
+
+def _stored_input_first(module: nn.Module, parameters: dict[str, nn.Parameter], hidden: Optional[int]) -> bool:
+    """Whether fused experts are stored (experts, in, out): what the module says of itself, else by their shapes."""
+    said = getattr(module, "is_transposed", None)  # transformers' experts interface
+    if isinstance(said, bool):
+        return said
+    first, last = list(parameters.values())[0], list(parameters.values())[-1]
+    if first.shape[1] != first.shape[2]:
+        return first.shape[1] == hidden  # the first one reads the hidden states
+    return last.shape[1] != last.shape[2] and last.shape[2] == hidden  # the last one writes them
+
+
+def _hidden_size(model: nn.Module) -> Optional[int]:
+    config = getattr(model, "config", None)
+    return getattr(config.get_text_config() if hasattr(config, "get_text_config") else config, "hidden_size", None)
+
+
+def _routers(model: nn.Module) -> set[str]:
+    """Names of the linear layers that route tokens to experts: beside the experts, one output each (or one in all)."""
+    found = set()
+    for name, module in model.named_modules():
+        children = dict(module.named_children())
+        for child in children.values():
+            fused = fused_experts(child)
+            listed = isinstance(child, nn.ModuleList) and "." in name and len(child) > 1
+            experts = next(iter(fused.values())).shape[0] if fused else len(child) if listed else 0
+            if experts:
+                found |= {
+                    f"{name}.{beside}" for beside, layer in children.items()
+                    if isinstance(layer, nn.Linear) and layer.out_features in (1, experts)
+                }
+    return found
+
+
 def find_targets(
     model: nn.Module,
     target_modules: Optional[list[str]] = None,
     exclude_modules: Optional[list[str]] = None,
+    experts: bool = False,
 ) -> list[Target]:
     """Prunable matrices in model order.
 
-    By default every `nn.Linear` and `Conv1D` inside a decoder block: never embeddings, norms or the
-    output head. With `target_modules` every linear layer whose module name matches one of these regular
-    expressions (`re.search`), wherever it stands; `exclude_modules` takes away in the same manner.
+    By default every `nn.Linear` and `Conv1D` inside a decoder block: never embeddings, norms, the output head, or
+    the router of a mixture of experts. With `target_modules` every linear layer whose module name matches one of
+    these regular expressions (`re.search`), wherever it stands; `exclude_modules` takes away in the same manner.
+
+    Args:
+        experts: also each expert of fused 3-D expert weights, one target an expert and matrix, in the order of the
+            parameters. Without, fused experts stay dense, which is logged once.
 
     Raises:
         MamaError: nothing matches, or the model carries PEFT adapters (merge them first).
@@ -101,20 +174,40 @@ def find_targets(
             "since pruning with adapters is not supported yet."
         )
     blocks = find_blocks(model)
+    number = {name: index for index, (name, _) in enumerate(blocks)}
+    depth = blocks[0][0].count(".") + 1
+    routers = _routers(model)
     found = []
     for module_name, module in model.named_modules():
-        if not isinstance(module, (nn.Linear, Conv1D)):
+        linear = isinstance(module, (nn.Linear, Conv1D))
+        fused = {} if linear else fused_experts(module)
+        if not linear and not fused:
             continue
-        block = next((i for i, (name, _) in enumerate(blocks) if module_name.startswith(name + ".")), None)
+        block = number.get(".".join(module_name.split(".")[:depth]))
         if target_modules is None:
-            wanted = block is not None
+            wanted = block is not None and module_name not in routers
         else:
             wanted = any(re.search(expression, module_name) for expression in target_modules)
         if any(re.search(expression, module_name) for expression in exclude_modules or []):
             wanted = False
-        if wanted:
-            kind = module_name.rpartition(".")[2]
-            found.append(Target(f"{module_name}.weight", module_name, module, kind, block))
+        if not wanted:
+            continue
+        kind = module_name.rpartition(".")[2]
+        if linear:
+            input_first = isinstance(module, Conv1D)
+            found.append(Target(f"{module_name}.weight", module_name, module, kind, block, transposed=input_first))
+        elif experts:
+            input_first = _stored_input_first(module, fused, _hidden_size(model))
+            found += [
+                Target(
+                    f"{module_name}.{name}[{expert}]", module_name, module, f"{kind}.{name}", block, name, expert,
+                    input_first,
+                )
+                for name, parameter in fused.items()
+                for expert in range(parameter.shape[0])
+            ]
+        else:
+            _say_once(f"fused experts such as {module_name} are not pruned here and stay dense.", "experts")
     if not found:
         raise MamaError(
             f"`target_modules` is {target_modules!r} and `exclude_modules` is {exclude_modules!r}, which leaves "
@@ -126,11 +219,36 @@ def find_targets(
 
 
 def _refuse_shared(targets: list[Target]) -> None:
-    seen: dict[int, str] = {}
+    seen: dict[tuple, str] = {}
     for target in targets:
-        first = seen.setdefault(id(target.parameter), target.name)
+        first = seen.setdefault((id(target.parameter), target.expert), target.name)
         if first != target.name:
             raise MamaError(
                 f"{target.name} and {first} are one tied parameter, which two masks cannot share: put one of "
                 "them into `exclude_modules`."
             )
+
+
+def stack_experts(targets: list[Target], masks: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Masks by target name, (out, in), to masks by *parameter* name in the parameter's layout, contiguous.
+
+    An expert that has no mask stays dense.
+    """
+    result: dict[str, Tensor] = {}
+    for target in targets:
+        if target.name not in masks:
+            continue
+        mask = target.oriented(masks[target.name])
+        if target.expert is None:
+            result[target.parameter_name] = mask.contiguous()
+            continue
+        if target.parameter_name not in result:
+            result[target.parameter_name] = torch.ones(target.parameter.shape, dtype=torch.bool, device=mask.device)
+        result[target.parameter_name][target.expert] = mask
+    return result
+
+
+def _say_once(message: str, key: str) -> None:
+    if key not in _said:
+        _said.add(key)
+        logger.warning(message)

@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from mama_trl.cli import COMMANDS, TRAINING, main
@@ -84,7 +85,8 @@ def test_unknown_command_suggests_the_nearest(capsys):
     (["--sparsity", "1.0"], r"`sparsity` is 1.0"),
     (["--sparsity", "-0.1"], r"`sparsity` is -0.1"),
     (["--sparsity", "nan"], "is no number"),
-    (["--method", "wonda"], "magnitude, wanda, sparsegpt, mama"),
+    (["--method", "wonda"], "magnitude, wanda, sparsegpt, alps, mama"),
+    (["--budget", "fair"], "`budget` is 'fair'"),
     (["--pattern", "4:2"], "`pattern` is '4:2'"),
     (["--calibration", "{root}/empty.txt"], "holds no text"),
     (["--calibration", "{root}/binary.txt"], "not readable as UTF-8"),
@@ -125,6 +127,8 @@ def test_missing_arguments_are_one_sentence(folder, capsys):
     (["--sparsity", "0.75", "--method", "wanda"], 0.75),
     (["--sparsity", "0.9", "--method", "sparsegpt"], 0.9),
     (["--sparsity", "0.9", "--method", "mama"], 0.9),
+    (["--sparsity", "0.9", "--method", "alps"], 0.9),
+    (["--sparsity", "0.8", "--budget", "sensitivity"], 0.8),
     (["--pattern", "2:4"], 0.5),
 ])
 def test_prune_then_evaluate(folder, tmp_path, capsys, options, sparsity):
@@ -163,13 +167,48 @@ def test_overwrite_leaves_no_stale_weights(folder, tmp_path):
 def test_levels_writes_table_and_plot(folder, tmp_path, capsys):
     arguments = [
         "levels", folder / "model", "--calibration", folder / "train.txt", "--text", folder / "held.txt",
-        "--levels", "0.9,0.5", "--methods", "magnitude,mama", "--output", tmp_path / "levels",
+        "--levels", "0.9,0.5", "--methods", "magnitude,mama", "--seeds", "0,1", "--output", tmp_path / "levels",
     ]
     assert main([str(item) for item in arguments]) == 0
+    result = json.loads((tmp_path / "levels" / "levels.json").read_text())
+    assert len(result["trials"]) == 8 and [row["seeds"] for row in result["rows"]] == [2] * 4
     names = {path.suffix for path in (tmp_path / "levels").iterdir()}
     assert {".csv", ".json", ".png"} <= names
     out = capsys.readouterr().out
     assert "magnitude" in out.lower() and "mama" in out.lower()
+
+
+def test_ablation_changes_one_part_at_a_time(folder, tmp_path, capsys):
+    """With statistics of a run beside the model, the reward stands against the fixed indicator."""
+    from mama_trl.targets import find_targets
+
+    model = AutoModelForCausalLM.from_pretrained(folder / "model")
+    source = tmp_path / "model"
+    model.save_pretrained(source)
+    tiny_tokenizer().save_pretrained(source)
+    (source / "mama").mkdir()
+    torch.manual_seed(0)
+    values = {f"reward/{t.parameter_name}": torch.rand(t.parameter.shape).bfloat16() for t in find_targets(model)}
+    save_file(values, source / "mama" / "statistics.safetensors")
+    arguments = [
+        "ablation", source, "--calibration", folder / "train.txt", "--text", folder / "held.txt", "--levels", "0.7",
+        "--calibration_tokens", "512", "--blocks", "4", "--output", tmp_path / "ablation",
+    ]
+    assert main([str(item) for item in arguments]) == 0
+    rows = json.loads((tmp_path / "ablation" / "ablation.json").read_text())["rows"]
+    found = {(row["part"], row["method"]): row["nats"] for row in rows}
+    parts = {part: {method for p, method in found if p == part} for part, _ in found}
+    indicators = {"magnitude", "activation", "sensitivity", "reward"}
+    assert parts["one indicator alone"] == indicators
+    assert parts["one of all taken away"] == {"all", *(f"without {name}" for name in indicators)}
+    assert parts["redistribution"] == {"none", "mean", "least_squares"}  # this Llama has no biases
+    assert parts["fixed against reward"] == {"weights and biases", "reward"}
+    assert parts["budget"] == {"sensitivity", "uniform", "reward", "weights and biases"}
+    assert found["steps", "mama"] == found["redistribution", "least_squares"] == found["budget", "sensitivity"]
+    assert len(set(found.values())) > 10
+    assert max(map(len, capsys.readouterr().out.splitlines())) <= 100 + len(str(tmp_path))
+    save_file({key: value[:1] for key, value in values.items()}, source / "mama" / "statistics.safetensors")
+    assert "belongs to another model" in refused(capsys, *arguments, "--overwrite")
 
 
 def test_report_and_run_without_their_files(tmp_path, capsys):

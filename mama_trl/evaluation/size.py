@@ -9,16 +9,20 @@ from ..targets import find_targets
 
 
 def sparsity_by_matrix(model: nn.Module) -> list[dict]:
-    """`name, block, kind, sparsity, size` of every prunable matrix, counted from exact zeros."""
+    """`name, block, kind, sparsity, size` of every prunable parameter, counted from exact zeros.
+
+    The fused experts of a mixture are one parameter.
+    """
+    parameters = {target.parameter_name: target for target in find_targets(model, experts=True)}
     return [
         {
-            "name": target.name,
+            "name": name,
             "block": target.block,
             "kind": target.kind,
             "sparsity": 1.0 - int(target.parameter.data.count_nonzero()) / target.parameter.numel(),
             "size": target.parameter.numel(),
         }
-        for target in find_targets(model)
+        for name, target in parameters.items()
     ]
 
 

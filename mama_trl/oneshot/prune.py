@@ -1,5 +1,6 @@
 """Prunes a model in place, block by block, by any of the methods."""
 
+import logging
 from typing import Optional
 
 import torch
@@ -13,13 +14,22 @@ from ..errors import MamaError
 from ..masks import MaskSet
 from ..placement import Local, Solved
 from ..selection import matrix_mask
-from ..targets import Target, find_targets
+from ..targets import Target, find_blocks, find_targets
+from .alps import alps
 from .magnitude import magnitude
 from .mama import mama
+from .resume import Unfinished
+from .sensitivity import default_blend, sensitivity_budget
 from .sparsegpt import sparsegpt
+from .stages import Goal, staged
 from .wanda import wanda
 
-METHODS = ("magnitude", "wanda", "sparsegpt", "mama")
+logger = logging.getLogger(__name__)
+# A layer that sees fewer calibration tokens than this, while others see all, is an expert that was hardly asked.
+FEWEST_TOKENS = 64
+TOKENS_PER_INPUT = 16
+BUDGETS = ("uniform", "sensitivity")
+METHODS = ("magnitude", "wanda", "sparsegpt", "alps", "mama")
 
 
 def prune(
@@ -34,6 +44,12 @@ def prune(
     targets: Optional[list[Target]] = None,
     batch_size: int = 8,
     progress: bool = True,
+    unfinished: Optional[Unfinished] = None,
+    budget: Optional[str] = None,
+    budget_blend: Optional[float] = None,
+    activation_power: float = 1.0,
+    dense_goals: bool = True,
+    exchanges: bool = True,
     placement: Optional[Local] = None,
 ) -> MaskSet:
     """Prunes `model` in place and returns its masks.
@@ -43,76 +59,168 @@ def prune(
 
     Args:
         calibration: token ids, int64 (n, sequence_length); not needed by magnitude.
-        method: `magnitude`, `wanda`, `sparsegpt` or `mama`.
+        method: `magnitude`, `wanda`, `sparsegpt`, `alps` or `mama`.
         sparsity: pruned share in [0, 1), per matrix.
         pattern: `unstructured` or N:M, which sets the sparsity.
         layer_sparsity: sparsity by parameter name; default `sparsity` for all.
         redistribution: for `mama`: least_squares, bias, mean or none.
-        importance: for `mama`: (out, in) factors by parameter name on the activation score.
-        targets: default `find_targets(model)`.
+        importance: for `mama`: (out, in) factors by parameter name on the activation score |w| ‖x‖.
+        targets: default `find_targets(model, experts=True)`. An expert of a mixture to which fewer than 64
+            calibration tokens came is pruned by magnitude, without redistribution; which ones is logged once.
+        unfinished: where each finished block is stored, and finished blocks of a killed run are taken from.
+        budget: how the sparsity is shared among matrices: `uniform`, or by `sensitivity`, one pass of calibration
+            gradients over the dense model. Default sensitivity for `mama`, uniform for the others, as their papers do.
+            `layer_sparsity` and N:M go before it.
+        budget_blend: share of the sensitivity budget, the rest uniform; default `default_blend(sparsity)`.
+        activation_power: for `mama`: exponent of ‖x‖ in the activation score; 0 leaves the inputs out of the indicator.
+        dense_goals: for `mama` with least_squares: each layer aims at the dense model's outputs; False = at what its
+            dense weight makes of the inputs it gets, as other methods do.
+        exchanges: for `mama` with least_squares: exchange kept for pruned connections while that lowers the error.
         placement: where the matrices lie; default in this process alone.
 
     Raises:
         MamaError: a value makes no sense, or calibration tokens are missing.
     """
+    budget = check_choice(budget or ("sensitivity" if method == "mama" else "uniform"), BUDGETS, "budget")
     check_choice(method, METHODS, "method")
     check_choice(redistribution, REDISTRIBUTIONS, "redistribution")
     check_sparsity(sparsity)
     group = parse_pattern(pattern)
-    targets = targets if targets is not None else find_targets(model)
+    targets = targets if targets is not None else find_targets(model, experts=True)
     if calibration is None and method != "magnitude":
         raise MamaError(f"`calibration` is missing: method {method} needs token ids (n, sequence_length).")
+    if calibration is None and budget != "uniform":
+        raise MamaError(f"`calibration` is missing: budget {budget} needs token ids (n, sequence_length).")
+    if budget == "sensitivity" and layer_sparsity is None and group is None and sparsity > 0:
+        blend = default_blend(sparsity) if budget_blend is None else budget_blend
+        few = calibration[: -(-calibration.shape[0] // 4)]
+        layer_sparsity = sensitivity_budget(model, few, sparsity, blend, targets, batch_size, progress)
     placement = placement if placement is not None else Local()
+    rare: list[str] = []
 
-    def solve(target: Target, weight: Tensor, gram: Optional[Gram]) -> Solved:
+    def solve(target: Target, weight: Tensor, bias: Optional[Tensor], gram: Optional[Gram], goal, factors) -> Solved:
         share = (layer_sparsity or {}).get(target.name, sparsity)
-        if method == "magnitude":
+        if method == "magnitude" or target.name in rare:
             return Solved(*magnitude(weight, share, group))
         if method == "wanda":
             return Solved(*wanda(weight, gram.norm, share, group))
         if method == "sparsegpt":
             return Solved(*sparsegpt(weight, gram.gram, share, group))
-        factors = factor_of[target.name]
-        return _mama(weight, gram, share, group, redistribution, factors, target.bias is not None)
+        if method == "alps":
+            return Solved(*alps(weight, gram.gram, share, group))
+        if activation_power != 1.0:
+            norm = gram.norm.clamp_min(1e-12 * gram.norm.max().clamp_min(1e-30))
+            factors = norm.pow(activation_power - 1.0) * (1.0 if factors is None else factors)
+            factors = factors.expand(target.shape)
+        goal = goal if dense_goals else None
+        return Solved(*solve_mama(weight, bias, gram, goal, share, group, redistribution, factors, exchanges))
 
-    factor_of: dict[str, Optional[Tensor]] = {}
+    def note_rare(target: Target, gram: Gram) -> None:
+        if gram.tokens < min(FEWEST_TOKENS, calibration.numel()):
+            rare.append(target.name)
+        elif not bool(torch.isfinite(gram.gram.sum())):
+            logger.warning("%s reads inputs with NaN or infinity: it was pruned by magnitude.", target.name)
+            rare.append(target.name)
 
-    def visit(own: list[Target], grams: dict[str, Gram]) -> None:
-        placement.add_up(grams)
+    def visit(own: list[Target], grams: dict[str, Gram], goals: dict[str, Goal] = {}) -> None:
+        placement.add_up(grams, goals)
+        for target in own if grams else []:
+            note_rare(target, grams[target.name])
+        # All are read before the first is solved, so that ranks that share the work solve at the same time.
+        work = {}
         for target in own:
-            factor_of[target.name] = (importance or {}).get(target.name)
-        weights = placement.read(own)
-        solved = {t.name: solve(t, weights.pop(t.name), grams.get(t.name)) for t in own if t.name in weights}
+            factors = (importance or {}).get(target.name)
+            found = placement.read(own, target)
+            if found is not None:
+                work[target.name] = (*found, grams.get(target.name), goals.get(target.name), factors)
+        grams.clear()
+        solved = {target.name: solve(target, *work.pop(target.name)) for target in own if target.name in work}
         placement.write(own, solved)
-        factor_of.clear()
 
     with torch.no_grad():
         if method == "magnitude":
             for target in targets:
                 visit([target], {})
         else:
-            with tqdm(desc=f"prune ({method})", disable=not progress, unit="block") as bar:
+            bar = tqdm(total=len(find_blocks(model)), desc=f"prune ({method})", disable=not progress, unit="block")
 
-                def on_block(done: int, total: int) -> None:
-                    bar.total = total
-                    bar.update(1)
+            def store(own: list[Target]) -> None:
+                if unfinished:
+                    unfinished.store(own, placement.found)
 
-                blockwise(model, calibration, targets, visit, batch_size, on_block)
-        result = placement.masks(targets, pattern)
-        result.apply()
+            def visit_block(own: list[Target], grams: dict[str, Gram]) -> None:
+                visit(own, grams)
+                store(own)
+
+            def advance(done: int, total: int) -> None:
+                bar.update(1)
+
+            def skip(own: list[Target]) -> bool:
+                return unfinished is not None and unfinished.restore(own, placement.found)
+
+            with bar:
+                if method == "mama":
+                    few = _enough(calibration, targets)
+                    staged(model, few, targets, visit, batch_size, advance, skip, store, placement)
+                else:
+                    blockwise(model, calibration, targets, visit_block, batch_size, advance, skip)
+    if rare:
+        logger.warning(
+            "%d of %d matrices saw fewer than %d calibration tokens and were pruned by magnitude without "
+            "redistribution (%s%s): more calibration tokens would reach them.",
+            len(rare), len(targets), FEWEST_TOKENS, ", ".join(rare[:5]), ", ..." if len(rare) > 5 else "",
+        )
+    result = placement.masks(targets, pattern)
+    result.apply()
     return result
 
 
-def _mama(
-    weight: Tensor, gram: Gram, share: float, group, mode: str, importance: Optional[Tensor], has_bias: bool
-) -> Solved:
-    if mode == "least_squares":
-        # A bias takes up the mean for free, so only the deviations from it are left to fit.
-        new, mask = mama(weight, gram.centred if has_bias else gram.gram, share, group, importance)
-    else:
+def _enough(calibration: Tensor, targets: list[Target]) -> Tensor:
+    """The calibration blocks that MAMA reads: half of them, or more if that were fewer than 16 tokens per input.
+
+    It goes through each block about five times where one-pass methods go twice, so that it costs about the same.
+    """
+    widest = max(target.shape[1] for target in targets)
+    least = -(-TOKENS_PER_INPUT * widest // calibration.shape[1])
+    return calibration[: max(-(-calibration.shape[0] // 2), least)]
+
+
+def solve_mama(
+    weight: Tensor,
+    bias: Optional[Tensor],
+    gram: Gram,
+    goal: Optional[Goal],
+    sparsity: float,
+    group: Optional[tuple[int, int]],
+    redistribution: str,
+    importance: Optional[Tensor] = None,
+    exchanges: bool = True,
+) -> tuple[Tensor, Tensor, Optional[Tensor]]:
+    """One matrix by MAMA; a pure function of tensors.
+
+    Args:
+        weight: (out, in) fp32.
+        bias: (out,) fp32 or None.
+        gram: statistics of the inputs that the pruned layers before it compute.
+        goal: what the layer should put out (bias included); None = what its dense weight makes of these inputs.
+
+    Returns:
+        (new weight, bool mask (out, in), new bias or None where there is none or it stays).
+    """
+    if redistribution != "least_squares":
         score = weight.abs() * gram.norm
-        mask = matrix_mask(score if importance is None else score * importance, share, group)
-        new = move.mean(weight, mask) if mode == "mean" else weight * mask
-    # The mean output that is still missing goes into the bias; it changes no other output statistic.
-    shift = move.bias_shift(weight, new, gram.mean) if mode in ("bias", "least_squares") and has_bias else None
-    return Solved(new, mask, shift)
+        mask = matrix_mask(score if importance is None else score * importance, sparsity, group)
+        new = move.mean(weight, mask) if redistribution == "mean" else weight * mask
+        if redistribution == "bias" and bias is not None:
+            return new, mask, bias + move.bias_shift(weight, new, gram.mean)
+        return new, mask, None
+    cross = None if goal is None else goal.cross
+    if bias is None:
+        new, mask = mama(weight, gram.gram, sparsity, group, importance, cross=cross, exchanges=exchanges)
+        return new, mask, None
+    # A bias takes up the mean for free, so only the deviations from it are left to fit.
+    wanted = weight @ gram.mean + bias if goal is None else goal.total / max(gram.tokens, 1)
+    if cross is not None:
+        cross = cross - wanted.outer(gram.total)
+    new, mask = mama(weight, gram.centred, sparsity, group, importance, cross=cross, exchanges=exchanges)
+    return new, mask, wanted - new @ gram.mean

@@ -10,9 +10,9 @@ import matplotlib.pyplot as plt  # noqa: E402
 import numpy as np  # noqa: E402
 
 # Okabe and Ito's colours, which colour-blind readers can tell apart.
-BLUE, ORANGE, GREEN, RED, GREY = "#0072B2", "#E69F00", "#009E73", "#D55E00", "#666666"
-METHOD_COLOURS = {"mama": BLUE, "magnitude": GREY, "wanda": ORANGE, "sparsegpt": GREEN}
-LABELS = {"mama": "MAMA", "magnitude": "magnitude", "wanda": "Wanda", "sparsegpt": "SparseGPT"}
+BLUE, ORANGE, GREEN, RED, GREY, PINK = "#0072B2", "#E69F00", "#009E73", "#D55E00", "#666666", "#CC79A7"
+METHOD_COLOURS = {"mama": BLUE, "magnitude": GREY, "wanda": ORANGE, "sparsegpt": GREEN, "alps": PINK}
+LABELS = {"mama": "MAMA", "magnitude": "magnitude", "wanda": "Wanda", "sparsegpt": "SparseGPT", "alps": "ALPS"}
 
 STYLE = {
     "font.size": 10, "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "grid.alpha": 0.25,

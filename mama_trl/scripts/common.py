@@ -38,6 +38,12 @@ class CommandParser(argparse.ArgumentParser):
         self.add_argument("--seed", type=int, default=0, help="draws the calibration blocks (default 0)")
         self.add_argument("--overwrite", action="store_true", help="replace files in a folder that holds something")
 
+    def add_seeds(self) -> None:
+        """The options of every command that compares over several draws of calibration tokens."""
+        self.add_argument("--calibration_tokens", type=positive, default=32768, help="tokens drawn (default 32768)")
+        self.add_argument("--seeds", default="0", help="draws of the calibration blocks, such as 0,1,2 (default 0)")
+        self.add_argument("--overwrite", action="store_true", help="replace files in a folder that holds something")
+
 
 def positive(text: str) -> int:
     """argparse type: an integer of at least 1."""
@@ -207,3 +213,72 @@ def heldout_text(source: str) -> str:
 
     check_file_name(source)
     return read_text(source, split="test")
+
+
+# ---------------------------------------------------------------------- comparisons
+
+
+def parse_seeds(text: str) -> list[int]:
+    """`"0,1,2"` as whole numbers without repeats, in the given order. Raises `MamaError`."""
+    try:
+        return list(dict.fromkeys(int(item) for item in text.split(",")))
+    except ValueError:
+        raise MamaError(f"`seeds` is {text!r}: give whole numbers with commas, such as 0,1,2.") from None
+
+
+class Comparison:
+    """What every trial of a comparison shares: dense weights, held-out blocks and one draw of calibration per seed.
+
+    Args:
+        args: a command's `model, calibration, text, output, overwrite, blocks, seeds, calibration_tokens,
+            sequence_length, batch_size, dtype`.
+
+    Raises:
+        MamaError: a file, a folder or a value makes no sense.
+    """
+
+    def __init__(self, args):
+        from ..evaluation import blocks, perplexity
+        from ..oneshot.compare import dense_state
+
+        self._args = args
+        self.seeds = parse_seeds(args.seeds)
+        check_model_source(args.model)
+        self.output = check_output_dir(args.output, args.overwrite)
+        tokenizer = load_tokenizer(args.model)
+        self.length = sequence_length(args.model, args.sequence_length)
+        self._rows = {
+            seed: calibration_rows(tokenizer, args.calibration, self.length, args.calibration_tokens, seed)
+            for seed in self.seeds
+        }
+        self.heldout = blocks(tokenizer, heldout_text(args.text), self.length, limit=args.blocks)
+        self.model = load_model(args.model, args.dtype)
+        self.dense = dense_state(self.model)
+        self.reference = perplexity(self.model, self.heldout, args.batch_size)
+        self.vocabulary = self.model.config.get_text_config().vocab_size
+
+    @property
+    def source(self) -> str:
+        """The model's folder or hub id."""
+        return self._args.model
+
+    def restore(self) -> None:
+        """Puts the dense weights back into the model."""
+        self.model.load_state_dict(self.dense)
+
+    def rows(self, seed: int):
+        """Calibration token ids of one seed, int64 (n, sequence_length)."""
+        return self._rows[seed]
+
+    def described(self) -> dict:
+        """`model`, `dense` perplexity, `vocabulary` and the protocol, for the result's JSON."""
+        return {
+            "model": self._args.model,
+            "dense": self.reference["perplexity"],
+            "vocabulary": self.vocabulary,
+            "protocol": {
+                "text": self._args.text, "calibration": self._args.calibration, "sequence_length": self.length,
+                "tokens": self.reference["tokens"], "calibration_tokens": self._rows[self.seeds[0]].numel(),
+                "seeds": self.seeds,
+            },
+        }

@@ -2,12 +2,13 @@
 
 from . import common
 
+LEVELS = "0.5,0.6,0.7,0.8,0.9,0.95,0.99"
 DESCRIPTION = """Prune a model by several methods at several sparsities, one-shot, and compare the perplexities.
 
-  mama levels MODEL --calibration train.txt --text heldout.txt --levels 0.5,0.7,0.9,0.99 --output levels
+  mama levels MODEL --calibration train.txt --text heldout.txt --seeds 0,1,2 --output levels
 
-Every method starts from the same weights and sees the same calibration tokens. OUTPUT gets a table as CSV and JSON
-and a plot."""
+Every method starts from the same weights and, for each seed, sees the same calibration tokens. OUTPUT gets a table as
+CSV and JSON (every trial, and means and deviations over the seeds) and a plot."""
 
 
 def make_parser():
@@ -16,12 +17,14 @@ def make_parser():
     parser.add_argument("--calibration", required=True, metavar="FILE", help="text to calibrate on")
     parser.add_argument("--text", required=True, metavar="FILE", help="other, held-out text to measure on")
     parser.add_argument("--output", required=True, metavar="DIR", help="folder for table and plot")
-    parser.add_argument("--levels", default="0.5,0.7,0.9,0.99", help="sparsities (default 0.5,0.7,0.9,0.99)")
+    parser.add_argument("--levels", default=LEVELS, help=f"sparsities (default {LEVELS})")
     parser.add_argument(
-        "--methods", default="magnitude,wanda,sparsegpt,mama", help="methods (default magnitude,wanda,sparsegpt,mama)"
+        "--methods", default="magnitude,wanda,sparsegpt,alps,mama",
+        help="methods (default magnitude,wanda,sparsegpt,alps,mama)",
     )
+    parser.add_argument("--pattern", default="unstructured", help="unstructured (default), or N:M (sets the level)")
     parser.add_argument("--blocks", type=common.positive, metavar="N", help="only the first N blocks (default: all)")
-    parser.add_calibration()
+    parser.add_seeds()
     parser.add_measuring()
     return parser
 
@@ -39,47 +42,36 @@ def parse_levels(text: str) -> list[float]:
 
 
 def main(args) -> dict:
-    import torch
     from tqdm import tqdm
 
-    from ..config import check_choice
-    from ..evaluation import blocks, perplexity
-    from ..oneshot import METHODS, prune
-    from ..report.levels import write_levels
+    from ..config import check_choice, parse_pattern
+    from ..oneshot import METHODS
+    from ..oneshot.compare import summarise, trial
+    from ..report.levels import write_comparison
 
     levels = parse_levels(args.levels)
     methods = list(dict.fromkeys(check_choice(name.strip(), METHODS, "methods") for name in args.methods.split(",")))
-    common.check_model_source(args.model)
-    output = common.check_output_dir(args.output, args.overwrite)
-    tokenizer = common.load_tokenizer(args.model)
-    length = common.sequence_length(args.model, args.sequence_length)
-    rows = common.calibration_rows(tokenizer, args.calibration, length, args.calibration_tokens, args.seed)
-    heldout = blocks(tokenizer, common.heldout_text(args.text), length, limit=args.blocks)
-    model = common.load_model(args.model, args.dtype)
-    dense = {name: value.detach().clone() for name, value in model.state_dict().items()}
-    reference = perplexity(model, heldout, args.batch_size)
-    found = []
-    with tqdm(total=len(methods) * len(levels), desc="levels") as bar:
+    group = parse_pattern(args.pattern)
+    if group:
+        levels = [1.0 - group[0] / group[1]]
+    setting = common.Comparison(args)
+    trials = []
+    with tqdm(total=len(methods) * len(levels) * len(setting.seeds), desc="levels") as bar:
         for method in methods:
             for level in levels:
-                bar.set_postfix_str(f"{method} at {level:g}")
-                with torch.no_grad():
-                    model.load_state_dict(dense)
-                masks = prune(model, rows, method, level, batch_size=args.batch_size, progress=False)
-                value = perplexity(model, heldout, args.batch_size)["perplexity"]
-                found.append({"method": method, "sparsity": level, "perplexity": value, "reached": masks.sparsity()})
-                bar.update()
-    result = {
-        "model": args.model,
-        "dense": reference["perplexity"],
-        "protocol": {
-            "text": args.text, "calibration": args.calibration, "sequence_length": length,
-            "tokens": reference["tokens"], "calibration_tokens": rows.numel(), "seed": args.seed,
-        },
-        "rows": found,
-    }
-    write_levels(result, output)
-    print(output / "levels.png")
+                for seed in setting.seeds:
+                    bar.set_postfix_str(f"{method} at {level:g}")
+                    found = trial(
+                        setting.model, setting.dense, setting.rows(seed), setting.heldout, args.batch_size,
+                        method=method, sparsity=level, pattern=args.pattern,
+                    )
+                    trials.append({"method": method, "sparsity": level, "seed": seed, **found})
+                    bar.update()
+    rows = summarise(trials, ("method", "sparsity"), setting.reference["nats"], setting.vocabulary)
+    result = {**setting.described(), "rows": rows, "trials": trials}
+    result["protocol"]["pattern"] = args.pattern
+    write_comparison(result, setting.output, "levels")
+    print(setting.output / "levels.png")
     return result
 
 

@@ -7,7 +7,12 @@ DESCRIPTION = """Prune a saved model without training it, block by block.
   mama prune MODEL --sparsity 0.7 --calibration text.txt --output pruned
 
 writes an ordinary model with zeros in OUTPUT, which loads with AutoModelForCausalLM.from_pretrained, and its masks in
-OUTPUT/mama, which `mama sft`, `mama grpo` and `mama distill` keep."""
+OUTPUT/mama, which `mama sft`, `mama grpo` and `mama distill` keep. Each finished block is stored in OUTPUT/.progress
+while it runs: after a kill the same command goes on from there.
+
+  mama prune MODEL --pattern neurons --sparsity 0.5 --calibration text.txt --output smaller
+
+removes the same share of MLP neurons (or heads) from every layer: OUTPUT is a smaller dense model without masks."""
 
 
 def make_parser():
@@ -16,9 +21,16 @@ def make_parser():
     parser.add_argument("--output", required=True, metavar="DIR", help="folder for the pruned model")
     parser.add_argument("--sparsity", type=common.share, default=0.5, help="pruned share, in [0, 1) (default 0.5)")
     parser.add_argument(
-        "--method", default="mama", help="mama (default: mask and redistribution together), magnitude, wanda, sparsegpt"
+        "--method", default="mama",
+        help="mama (default: mask and redistribution together), magnitude, wanda, sparsegpt, alps",
     )
-    parser.add_argument("--pattern", default="unstructured", help="unstructured (default), or N:M such as 2:4")
+    parser.add_argument(
+        "--budget",
+        help="sparsity of each matrix: uniform, or by sensitivity, one pass of gradients (default for mama)",
+    )
+    parser.add_argument(
+        "--pattern", default="unstructured", help="unstructured (default), N:M such as 2:4, or whole: neurons, heads"
+    )
     parser.add_argument(
         "--calibration", metavar="FILE",
         help="text to measure activations on: .txt, .jsonl with `text`, or a datasets name; only magnitude needs none",
@@ -31,28 +43,72 @@ def make_parser():
 def main(args) -> None:
     from ..config import check_choice, check_sparsity, parse_pattern
     from ..errors import MamaError
-    from ..oneshot import METHODS, prune
+    from ..masks import MaskSet
+    from ..oneshot import BUDGETS, METHODS, STRUCTURE_METHODS, STRUCTURES, prune, prune_structures
+    from ..oneshot.resume import Unfinished
 
     check_sparsity(args.sparsity)
-    check_choice(args.method, METHODS, "method")
-    parse_pattern(args.pattern)
+    whole = args.pattern in STRUCTURES
+    check_choice(args.method, STRUCTURE_METHODS if whole else METHODS, "method")
+    if args.budget is not None:
+        check_choice(args.budget, BUDGETS, "budget")
+    if not whole:
+        parse_pattern(args.pattern)
     common.check_model_source(args.model)
-    if args.calibration is None and args.method != "magnitude":
+    if args.calibration is None and (whole or args.method != "magnitude" or args.budget == "sensitivity"):
         raise MamaError(f"`calibration` is missing: {args.method} measures activations on a text; give a file.")
-    output = common.check_output_dir(args.output, args.overwrite, args.model)
+    if whole and MaskSet.load(args.model) is not None:
+        raise MamaError(
+            f"{args.model} has masks, which do not fit a model with fewer {args.pattern}: remove whole structures "
+            "first, from the dense model, and single connections after."
+        )
+    output = common.check_output_dir(args.output, args.overwrite or Unfinished.exists(args.output), args.model)
+    unfinished = Unfinished(output, _command(args), args.overwrite)
     tokenizer = common.load_tokenizer(args.model)
     rows = None
     if args.calibration is not None:
         length = common.sequence_length(args.model, args.sequence_length)
         rows = common.calibration_rows(tokenizer, args.calibration, length, args.calibration_tokens, args.seed)
     model = common.load_model(args.model, args.dtype)
-    masks = prune(model, rows, args.method, args.sparsity, args.pattern, batch_size=args.batch_size)
+    if rows is not None:
+        unfinished.begin(model, rows)
+        if unfinished.blocks:
+            print(f"going on after {unfinished.blocks} finished blocks that {output} holds")
+    if whole:
+        dense = model.num_parameters()
+        small = prune_structures(
+            model, rows, args.pattern, args.sparsity, args.method, batch_size=args.batch_size, seed=args.seed,
+            unfinished=unfinished,
+        )
+        _save(small, tokenizer, output)
+        unfinished.remove()
+        print(f"{small.num_parameters():,} of {dense:,} parameters stay ({args.method}, {args.pattern}): {output}")
+        return
+    masks = prune(
+        model, rows, args.method, args.sparsity, args.pattern, batch_size=args.batch_size,
+        unfinished=None if rows is None else unfinished, budget=args.budget,
+    )
+    _save(model, tokenizer, output)
+    masks.save(output)
+    unfinished.remove()
+    print(f"{masks.sparsity():.2%} of the prunable weights are zero ({args.method}, {args.pattern}): {output}")
+
+
+def _save(model, tokenizer, output) -> None:
     output.mkdir(parents=True, exist_ok=True)
     common.remove_model_files(output)
     model.save_pretrained(output)
     tokenizer.save_pretrained(output)
-    masks.save(output)
-    print(f"{masks.sparsity():.2%} of the prunable weights are zero ({args.method}, {args.pattern}): {output}")
+
+
+def _command(args) -> dict:
+    """What decides the result: a state that another command, or another version, left is not gone on with."""
+    import torch
+
+    from .. import __version__
+
+    options = {key: value for key, value in vars(args).items() if key not in ("output", "overwrite")}
+    return {**options, "version of mama_trl": __version__, "version of torch": torch.__version__}
 
 
 def run(argv: list[str]) -> int:
