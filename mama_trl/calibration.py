@@ -154,6 +154,12 @@ def collect(module: nn.Module, targets: list[Target], forward: Callable[[], None
         last.clear()
         for handle in handles:
             handle.remove()
+    for name, gram in grams.items():
+        if not torch.isfinite(gram.total).all():
+            raise MamaError(
+                f"the inputs of {name} hold NaN or infinity during calibration: load the model in another dtype "
+                "(`dtype` float32 or bfloat16), or check its weights."
+            )
     for target in linear:  # an expert in a list of modules to which no token came
         if target.name not in grams:
             grams[target.name] = Gram.zeros(target.shape[1], target.parameter.device)

@@ -5,13 +5,14 @@ import logging
 import pytest
 import torch
 from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from mama_trl import targets as targets_module
 from mama_trl.calibration import Gram, blockwise, collect
 from mama_trl.errors import MamaError
 from mama_trl.evaluation import perplexity
 from mama_trl.masks import MaskSet
-from mama_trl.oneshot import METHODS, prune
+from mama_trl.oneshot import METHODS, prune, prune_structures
 from mama_trl.selection import kept_count
 from mama_trl.targets import find_targets, fused_experts
 
@@ -161,6 +162,35 @@ def test_routers_are_not_targets_and_convolutions_no_experts():
     assert fused_experts(nn.Conv1d(4, 4, 3)) == {}
 
 
+def test_evaluation_counts_the_zeros_of_experts(make_model):
+    from mama_trl.evaluation.size import sparsity_by_kind, sparsity_by_matrix
+
+    model = make_model("mixtral")
+    prune(model, None, "magnitude", 0.75, progress=False)
+    assert sparsity_by_kind(model)["all"] == pytest.approx(0.75, abs=1e-3)
+    parameters = {name: p.numel() for name, p in model.named_parameters()}
+    assert all(parameters[row["name"]] == row["size"] for row in sparsity_by_matrix(model))
+    assert "experts.down_proj" in sparsity_by_kind(model)
+
+
+def test_a_batched_product_gives_each_expert_the_rows_that_are_not_zero(rows):
+    """Llama 4 hands every expert all tokens, those of the others zeroed."""
+    torch.manual_seed(0)
+    config = AutoConfig.for_model("llama4_text", **{**SHAPE, **OTHERS["llama4_text"][0]})
+    model = AutoModelForCausalLM.from_config(config).eval()
+    targets = [t for t in find_targets(model, experts=True) if t.expert is not None]
+    module, inputs, grams = targets[0].module, [], {}
+    handle = module.register_forward_pre_hook(lambda _, args: inputs.append(args[0]))
+    blockwise(model, rows[:4], targets, lambda own, found: grams.update(found), batch_size=4)
+    handle.remove()
+    each = inputs[0].view(4, -1, 32).float()
+    first = [t for t in targets if t.attribute == targets[0].attribute]
+    assert sum(grams[t.name].tokens for t in first) == rows[:4].numel()  # one expert a token
+    for target in first:
+        own = each[target.expert]
+        assert torch.allclose(grams[target.name].gram, own.T @ own, rtol=1e-3, atol=1e-4)
+
+
 def test_layers_that_read_one_tensor_share_one_gram(make_model, rows):
     model = make_model("llama").eval()
     shared = {}
@@ -192,3 +222,77 @@ def test_block_arguments_that_depend_on_the_tokens_are_refused(make_model, rows)
     })
     with pytest.raises(MamaError, match="change with the tokens"):
         prune(model, rows[:16], "wanda", 0.5, batch_size=8, progress=False)
+
+
+def test_inputs_that_overflow_are_said(make_model, rows):
+    model = make_model("llama")
+    with torch.no_grad():
+        model.model.layers[1].self_attn.v_proj.weight[0, 0] = float("inf")
+    with pytest.raises(MamaError, match="NaN or infinity during calibration"):
+        prune(model, rows[:8], "wanda", 0.5, progress=False)
+
+
+SHAPE = {
+    "vocab_size": 384, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "head_dim": 8, "max_position_embeddings": 64, "pad_token_id": 0, "eos_token_id": 1,
+    "bos_token_id": 1,
+}
+EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
+LATENT = {"q_lora_rank": 16, "kv_lora_rank": 16, "qk_rope_head_dim": 4, "qk_nope_head_dim": 4, "v_head_dim": 8}
+GPT = {
+    "vocab_size": 384, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64, "rotary_dim": 8, "bos_token_id": 1,
+    "eos_token_id": 1,
+}
+OTHERS = {  # model type: (changes of the config, fused expert matrices, neurons can go, heads can go)
+    "phi": ({}, 0, True, True),
+    "phi3": ({}, 0, True, True),
+    "olmo": ({}, 0, True, True),
+    "olmo2": ({}, 0, True, False),
+    "starcoder2": ({}, 0, True, True),
+    "stablelm": ({}, 0, True, False),
+    "cohere": ({}, 0, True, True),
+    "granite": ({}, 0, True, True),
+    "glm4": ({}, 0, True, True),
+    "smollm3": ({}, 0, True, True),
+    "nemotron": ({}, 0, True, True),
+    "gptj": (GPT, 0, True, False),
+    "codegen": (GPT, 0, True, False),
+    "bloom": ({"n_layer": 2, "n_head": 4}, 0, False, False),
+    "olmoe": (EXPERTS, 16, True, False),
+    "qwen2_moe": ({**EXPERTS, "shared_expert_intermediate_size": 24}, 16, True, True),
+    "granitemoe": ({"num_local_experts": 4, "num_experts_per_tok": 2}, 16, True, True),
+    "deepseek_v3": (
+        {**EXPERTS, **LATENT, "n_routed_experts": 4, "n_group": 1, "topk_group": 1, "first_k_dense_replace": 1,
+         "num_key_value_heads": 4, "head_dim": 4},
+        8, False, False,
+    ),
+    "llama4_text": (  # its experts get all tokens in one batched product
+        {"num_local_experts": 4, "num_experts_per_tok": 1, "intermediate_size_mlp": 64, "moe_layers": [1]},
+        8, False, True,
+    ),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("model_type", OTHERS)
+def test_others(rows, model_type):
+    changes, fused, neurons, heads = OTHERS[model_type]
+
+    def make():
+        torch.manual_seed(0)
+        own = {} if changes is GPT else SHAPE
+        return AutoModelForCausalLM.from_config(AutoConfig.for_model(model_type, **{**own, **changes}))
+
+    model = make()
+    assert sum(t.expert is not None for t in find_targets(model, experts=True)) == fused
+    masks = prune(model, rows[:16], "mama", 0.5, progress=False)
+    assert masks.verify(model) == 0 and masks.sparsity() == pytest.approx(0.5, abs=1e-3)
+    for structure, possible in (("neurons", neurons), ("heads", heads)):
+        model = make()
+        if possible:
+            assert prune_structures(model, rows[:16], structure, 0.5, progress=False).num_parameters() < (
+                model.num_parameters()
+            )
+        else:
+            with pytest.raises(MamaError, match=f"`pattern` is {structure}"):
+                prune_structures(model, rows[:16], structure, 0.5, progress=False)

@@ -9,7 +9,7 @@ import sys
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from mama_trl.calibration import Gram
 from mama_trl.cli import main
@@ -204,6 +204,33 @@ def test_experts_hardly_asked_keep_their_values(make_model, rows, caplog):
     assert "2 of 8 experts saw fewer than 64 calibration tokens" in caplog.text
 
 
+def auto(model_type: str, **changes):
+    shape = {
+        "vocab_size": 384, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
+        "num_key_value_heads": 2, "head_dim": 8, "max_position_embeddings": 64, "pad_token_id": 0, "eos_token_id": 1,
+    }
+    torch.manual_seed(0)
+    return AutoModelForCausalLM.from_config(AutoConfig.for_model(model_type, **{**shape, **changes}))
+
+
+@pytest.mark.parametrize(
+    "structure, field, left", [("neurons", "intermediate_size", 32), ("heads", "num_key_value_heads", 1)]
+)
+def test_stacked_layers_whose_shapes_could_be_either(rows, structure, field, left):
+    """Phi-3 stacks query, key and value, and gate and up; here both stacks have the same shape."""
+    small = prune_structures(auto("phi3"), rows[:16], structure, 0.5, progress=False)
+    assert getattr(small.config, field) == left
+
+
+def test_a_config_that_fits_but_does_not_run_is_refused_before_anything_is_measured(rows):
+    """OLMoE's norm over all heads takes its size from the hidden size."""
+    mixture = auto("olmoe", num_experts=4, num_experts_per_tok=2)
+    before = {name: value.clone() for name, value in mixture.state_dict().items()}
+    with pytest.raises(MamaError, match="no plain config"):
+        prune_structures(mixture, rows[:16], "heads", 0.5, progress=False)
+    assert all(torch.equal(before[name], value) for name, value in mixture.state_dict().items())
+
+
 def test_bf16_stays_bf16(make_model, rows):
     small = prune_structures(make_model("qwen3", groups=2).bfloat16(), rows[:16], "heads", 0.5, progress=False)
     assert all(p.dtype == torch.bfloat16 and torch.isfinite(p).all() for p in small.parameters())
@@ -254,3 +281,7 @@ def test_command_writes_a_model_that_loads_without_our_package(tmp_path, capsys)
     assert int(run.stdout) == AutoModelForCausalLM.from_pretrained(tmp_path / "both").num_parameters()
     assert main(["prune", str(tmp_path / "dense"), "--pattern", "heads", "--output", str(tmp_path / "x")]) == 2
     assert "calibration" in capsys.readouterr().err
+    assert main(["prune", str(tmp_path / "dense"), "--method", "magnitude", "--output", str(tmp_path / "masked")]) == 0
+    again = ["prune", str(tmp_path / "masked"), "--pattern", "heads", "--output", str(tmp_path / "x"), *options[:2]]
+    assert main(again) == 2
+    assert "has masks, which do not fit" in capsys.readouterr().err

@@ -159,7 +159,7 @@ def prune(
                     blockwise(model, calibration, targets, visit_block, batch_size, advance, skip)
     if rare:
         logger.warning(
-            "%d of %d expert matrices saw fewer than %d calibration tokens and were pruned by magnitude without "
+            "%d of %d matrices saw fewer than %d calibration tokens and were pruned by magnitude without "
             "redistribution (%s%s): more calibration tokens would reach them.",
             len(rare), len(targets), FEWEST_TOKENS, ", ".join(rare[:5]), ", ..." if len(rare) > 5 else "",
         )

@@ -86,8 +86,8 @@ def choose_structures(weight: Tensor, gram: Tensor, size: int, keep: int, dampin
         alive -= go
         columns = gone.repeat_interleave(size)
         solved = torch.linalg.solve(inverse[columns][:, columns], inverse[columns])
-        weight = weight - weight[:, columns] @ solved
-        inverse = inverse - inverse[:, columns] @ solved
+        weight -= weight[:, columns] @ solved
+        inverse.addmm_(inverse[:, columns], solved, alpha=-1)
         # Gone for good: a unit block keeps later solves regular.
         weight[:, columns] = 0
         inverse[columns] = 0
@@ -231,28 +231,34 @@ def find_units(model: nn.Module, structure: str) -> list[Unit]:
     config = model.config
     name = type(model).__name__
     hidden = getattr(config, "hidden_size", None)
-    units = []
-    for group in _by_parent(find_targets(model, experts=True)).values():
+    blocks = find_blocks(model)
+    found: dict[str, list[Unit]] = defaultdict(list)  # by the place within a block
+    for (block, parent, expert), group in _by_parent(find_targets(model, experts=True)).items():
         if structure == "neurons":
             unit = _neuron_unit(group, hidden)
         else:
-            unit = _head_unit(group, hidden, *_head_shape(config, name)) if group[0].expert is None else None
+            unit = _head_unit(group, hidden, *_head_shape(config, name)) if expert is None else None
         if unit is not None:
-            units.append(unit)
-    if any(unit.reader.expert is not None for unit in units):
-        units = [unit for unit in units if unit.reader.expert is not None]
-    elif [unit.block for unit in units] != list(range(len(find_blocks(model)))):
+            found["experts" if expert is not None else parent.removeprefix(blocks[block][0])].append(unit)
+    if "experts" in found:
+        candidates = [found["experts"]]
+    else:
+        candidates = [units for units in found.values() if [u.block for u in units] == list(range(len(blocks)))]
+    if not candidates:
         what = "MLP" if structure == "neurons" else "attention with separate or stacked query, key and value"
         raise MamaError(
-            f"`pattern` is {structure}, but not every block of {name} has exactly one {what} of plain linear layers: "
-            "use unstructured or N:M for this model."
+            f"`pattern` is {structure}, but not every block of {name} has an {what} of plain linear layers: use "
+            "unstructured or N:M for this model."
         )
-    if len({(unit.count, unit.size) for unit in units}) != 1:
+    alike = [units for units in candidates if len({(unit.count, unit.size) for unit in units}) == 1]
+    if not alike:
         raise MamaError(
             f"`pattern` is {structure}, but the blocks of {name} differ in their number of them, which one config "
             "cannot describe when they shrink: use unstructured or N:M for this model."
         )
-    return units
+    # An attention may by chance have the shapes of an MLP: the config knows which of them is one.
+    described = (units for units in alike[:-1] if smaller_config(model, structure, units, 1) is not None)
+    return next(described, alike[-1])
 
 
 def _head_shape(config, name: str) -> tuple[int, int, int]:
@@ -288,6 +294,30 @@ def _shapes(model: nn.Module, config) -> dict[str, tuple]:
         return {}
 
 
+@torch.no_grad()
+def _runs(model: nn.Module, config) -> bool:
+    """Whether one block of `config`, with random weights, can do a forward pass.
+
+    Some architectures have shapes of their own that fit the config and do not fit each other (a norm over all heads).
+    """
+    depth = getattr(config, "num_hidden_layers", None)
+    lists = {k: v[:1] for k, v in config.to_dict().items() if isinstance(v, list) and len(v) == depth}
+    short = _changed(config, num_hidden_layers=1, vocab_size=8, pad_token_id=None, **lists)
+    if short is None:
+        return True  # no such model: the comparison at the end decides
+    try:
+        small = type(model)._from_config(short, dtype=model.dtype).eval()
+    except Exception as error:
+        logger.debug("no %s of one block: %s", type(model).__name__, error)
+        return True
+    try:
+        small(input_ids=torch.zeros(1, 2, dtype=torch.int64), use_cache=False)
+    except RuntimeError as error:
+        logger.debug("%s of this config does not run: %s", type(model).__name__, error)
+        return False
+    return True
+
+
 def _expected(model: nn.Module, units: list[Unit], keep: int) -> dict[str, tuple]:
     shapes = {name: tuple(value.shape) for name, value in model.state_dict().items()}
 
@@ -317,7 +347,7 @@ def smaller_config(model: nn.Module, structure: str, units: list[Unit], keep: in
     else:
         candidates = [_changed(config, **{field: keep}) for field in WIDTH_FIELDS if hasattr(config, field)]
     expected = _expected(model, units, keep)
-    return next((c for c in candidates if c is not None and _shapes(model, c) == expected), None)
+    return next((c for c in candidates if c and _shapes(model, c) == expected), None)
 
 
 def _nearest_describable(model, structure: str, units: list[Unit], sparsity: float):
@@ -327,7 +357,7 @@ def _nearest_describable(model, structure: str, units: list[Unit], sparsity: flo
     reach = count if structure == "heads" else 1  # any number of neurons does, or none
     for keep in sorted(range(1, count), key=lambda keep: (abs(keep - wanted), -keep))[:reach]:
         config = smaller_config(model, structure, units, keep)
-        if config is not None:
+        if config is not None and _runs(model, config):
             if keep != wanted:
                 logger.warning(
                     "%d of %d %s are kept in every layer, not %d: the config of %s cannot describe that number.",
@@ -480,8 +510,15 @@ def _compare(model: nn.Module, small: nn.Module, rows: Tensor) -> None:
     """Raises `MamaError` if the smaller model does not compute what the changed one computes on `rows`."""
     training = model.training
     rows = rows.to(next(model.parameters()).device)
-    one, other = (m.eval()(input_ids=rows, use_cache=False).logits.float() for m in (model, small))
-    model.train(training), small.train(training)
+    try:
+        one, other = (m.eval()(input_ids=rows, use_cache=False).logits.float() for m in (model, small))
+    except RuntimeError as error:
+        raise MamaError(
+            f"no plain config describes the smaller {type(model).__name__} (it does not run: {error}): use "
+            "unstructured or N:M for this model."
+        ) from error
+    finally:
+        model.train(training), small.train(training)
     tolerance = 1e-3 if next(model.parameters()).dtype == torch.float32 else 0.1
     difference = float((one - other).abs().max() / one.abs().max().clamp_min(1e-6))
     if not difference <= tolerance:

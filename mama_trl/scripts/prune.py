@@ -43,6 +43,7 @@ def make_parser():
 def main(args) -> None:
     from ..config import check_choice, check_sparsity, parse_pattern
     from ..errors import MamaError
+    from ..masks import MaskSet
     from ..oneshot import BUDGETS, METHODS, STRUCTURE_METHODS, STRUCTURES, prune, prune_structures
     from ..oneshot.resume import Unfinished
 
@@ -56,6 +57,11 @@ def main(args) -> None:
     common.check_model_source(args.model)
     if args.calibration is None and (whole or args.method != "magnitude" or args.budget == "sensitivity"):
         raise MamaError(f"`calibration` is missing: {args.method} measures activations on a text; give a file.")
+    if whole and MaskSet.load(args.model) is not None:
+        raise MamaError(
+            f"{args.model} has masks, which do not fit a model with fewer {args.pattern}: remove whole structures "
+            "first, from the dense model, and single connections after."
+        )
     output = common.check_output_dir(args.output, args.overwrite or Unfinished.exists(args.output), args.model)
     unfinished = Unfinished(output, _command(args), args.overwrite)
     tokenizer = common.load_tokenizer(args.model)
