@@ -90,7 +90,7 @@ def prune(
         raise MamaError(f"`calibration` is missing: budget {budget} needs token ids (n, sequence_length).")
     if budget == "sensitivity" and layer_sparsity is None and group is None and sparsity > 0:
         blend = default_blend(sparsity) if budget_blend is None else budget_blend
-        few = calibration[: -(-calibration.shape[0] // 4)]
+        few = calibration[: -(-calibration.shape[0] // 8)]  # what a matrix is worth shows after a few thousand tokens
         # Its backward pass keeps the activations of every layer: fewer blocks at once.
         layer_sparsity = sensitivity_budget(model, few, sparsity, blend, targets, max(batch_size // 4, 1), progress)
     masks: dict[str, Tensor] = {}
