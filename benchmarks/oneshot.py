@@ -2,6 +2,7 @@
 
     python benchmarks/oneshot.py --output oneshot.json            # everything: 7 levels, 3 seeds, 2:4; half an hour
     python benchmarks/oneshot.py --output quick.json --quick      # the same code on less of it; under 3 minutes
+    python benchmarks/oneshot.py --show oneshot.json --plot p.png # tables in Markdown and a plot of what was measured
 
 Protocol: the column `text` joined by blank lines, tokenised without special tokens, blocks of 256; calibration on 128
 blocks of train.jsonl drawn with each seed, evaluation on the first 128 blocks of valid.jsonl, positions 1-255 scored.
@@ -11,9 +12,9 @@ Excess is min(nats, log vocabulary) - dense nats. The summary holds
 - `worst_margin`: the largest of MAMA's excess minus the best baseline's, over levels and models;
 - `time_vs_sparsegpt`: MAMA's wall seconds over SparseGPT's, mean over all trials, the pass that estimates MAMA's
   budget included; `cpu_time_vs_sparsegpt` the same in processor time, which other work on the machine does not change;
-- `peak_memory_ratio`: bytes of live tensors at MAMA's peak, over 64 calibration blocks taken one at a time, over model + 3 x its
-  largest block + the hidden states of all calibration tokens in two streams (dense and pruned), the larger of the two
-  models; `peak_memory_sparsegpt` is SparseGPT's over the same bound, `peak_memory_budget` that of the budget's pass.
+- `peak_memory_ratio`: bytes of live tensors at MAMA's peak, with 64 calibration blocks taken one at a time, over
+  model + 3 x its largest block + the hidden states of all calibration tokens in two streams (dense and pruned), the
+  larger of the two models; `peak_memory_sparsegpt` is SparseGPT's over the same bound, `peak_memory_budget` the budget pass's.
 
 Trials of the methods are interleaved; every one runs on one thread unless OMP_NUM_THREADS says otherwise. The file is
 written anew after each seed, memory comes last.
@@ -40,6 +41,7 @@ from mama_trl.evaluation import blocks, perplexity, read_text
 from mama_trl.oneshot import METHODS, prune
 from mama_trl.oneshot.compare import dense_state, summarise, trial
 from mama_trl.oneshot.sensitivity import sensitivity_budget
+from mama_trl.report.plots import LABELS, METHOD_COLOURS, STYLE, number, plt
 from mama_trl.scripts.common import load_model, load_tokenizer
 from mama_trl.targets import find_blocks
 
@@ -215,23 +217,75 @@ def write(args, checkpoints: list[Checkpoint], levels, seeds, size: int, seconds
     return found
 
 
+def show(found: dict) -> None:
+    """Prints the tables in Markdown: perplexity (exponential of the mean over seeds), its deviation, and excess."""
+    for result in found["results"]:
+        rows = {(row["method"], row["sparsity"]): row for row in result["rows"]}
+        levels = sorted({row["sparsity"] for row in result["rows"]})
+        print(f"\n{result['model']}, {result['pattern']}, dense {result['dense']:.3f}\n")
+        print("| | " + " | ".join(f"{level:g}" for level in levels) + " | mean excess |")
+        print("|---|" + "---:|" * (len(levels) + 1))
+        for method in METHODS:
+            own = [rows[method, level] for level in levels]
+            cells = [f"{number(row['perplexity'])} ± {100 * row['deviation']:.1f} %" for row in own]
+            mean = sum(row["excess"] for row in own) / len(own)
+            print(f"| {LABELS[method]} | " + " | ".join(cells) + f" | {mean:.3f} |")
+    marks = {"summary": found["summary"], "summary_2_4": found["summary_2_4"]}
+    print("\n```\n" + json.dumps(marks, indent=1) + "\n```")
+
+
+def plot(found: dict, path: Path) -> None:
+    """Perplexity by sparsity on a log axis, one picture per model, with the dense model and a uniform guess."""
+    results = [result for result in found["results"] if result["pattern"] == "unstructured"]
+    with plt.rc_context(STYLE):
+        figure, axes = plt.subplots(1, len(results), figsize=(5.5 * len(results), 4))
+        for axis, result in zip(axes, results):
+            for method in METHODS:
+                rows = sorted((row["sparsity"], row["perplexity"]) for row in result["rows"] if row["method"] == method)
+                # Beyond a uniform guess a model is broken, and by how much says nothing.
+                values = [min(value, 4 * result["vocabulary"]) for _, value in rows]
+                axis.plot(
+                    range(len(rows)), values, marker="o", markersize=4, color=METHOD_COLOURS[method],
+                    label=LABELS[method],
+                )
+            axis.set_xticks(range(len(rows)), [f"{level:g}" for level, _ in rows])
+            axis.axhline(result["dense"], color="black", linestyle="--", linewidth=1, label="dense")
+            axis.axhline(result["vocabulary"], color="black", linestyle=":", linewidth=1, label="uniform guess")
+            axis.set(
+                xlabel="sparsity", ylabel="perplexity", yscale="log", title=result["model"],
+                ylim=(result["dense"] * 0.8, 3 * result["vocabulary"]),
+            )
+        axes[0].legend(fontsize=8)
+        figure.savefig(path)
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", required=True, type=Path, metavar="FILE", help="JSON to write")
+    parser.add_argument("--output", type=Path, metavar="FILE", help="JSON to write")
+    parser.add_argument("--show", type=Path, metavar="FILE", help="print an earlier run's tables, measuring nothing")
+    parser.add_argument("--plot", type=Path, metavar="FILE", help="with --show: PNG to write")
     parser.add_argument("--quick", action="store_true", help="2 levels, 1 seed, 64 blocks: under 3 minutes")
     args = parser.parse_args()
+    if args.show:
+        found = json.loads(args.show.read_text(encoding="utf-8"))
+        show(found)
+        if args.plot:
+            plot(found, args.plot)
+        return 0
+    if args.output is None:
+        parser.error("--output is missing")
     if not DATA.is_dir():
         print("the data folder ../shared/data is not there: this benchmark cannot run", file=sys.stderr)
         return 2
     levels, seeds, size = ((0.5, 0.9), (0,), 64) if args.quick else (LEVELS, (0, 1, 2), 128)
     started = time.time()
     checkpoints = [Checkpoint(name, size, size) for name in MODELS]
-    for number, seed in enumerate(seeds):
+    for done, seed in enumerate(seeds, 1):
         for checkpoint in checkpoints:
-            checkpoint.run(levels, seed, number == 0, "unstructured")
+            checkpoint.run(levels, seed, done == 1, "unstructured")
             if not args.quick:
-                checkpoint.run((0.5,), seed, number == 0, "2:4")
-        found = write(args, checkpoints, levels, seeds[: number + 1], size, time.time() - started)
+                checkpoint.run((0.5,), seed, done == 1, "2:4")
+        found = write(args, checkpoints, levels, seeds[:done], size, time.time() - started)
     for checkpoint in checkpoints:
         checkpoint.measure_memory()
     found = write(args, checkpoints, levels, seeds, size, time.time() - started)

@@ -102,9 +102,6 @@ def prune(
         seen_rarely = gram is not None and gram.tokens < min(FEWEST_TOKENS, calibration.numel())
         if seen_rarely:
             rare.append(target.name)
-        elif gram is not None and not bool(torch.isfinite(gram.gram.sum())):
-            logger.warning("%s reads inputs with NaN or infinity: it was pruned by magnitude.", target.name)
-            seen_rarely = True
         if method == "magnitude" or seen_rarely:
             new, mask = magnitude(weight, share, group)
         elif method == "wanda":
