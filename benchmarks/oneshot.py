@@ -14,7 +14,8 @@ Excess is min(nats, log vocabulary) - dense nats. The summary holds
   budget included; `cpu_time_vs_sparsegpt` the same in processor time, which other work on the machine does not change;
 - `peak_memory_ratio`: bytes of live tensors at MAMA's peak, with 64 calibration blocks taken one at a time, over
   model + 3 x its largest block + the hidden states of all calibration tokens in two streams (dense and pruned), the
-  larger of the two models; `peak_memory_sparsegpt` is SparseGPT's over the same bound, `peak_memory_budget` the budget pass's.
+  larger of the two models; `peak_memory_sparsegpt` is SparseGPT's over the same bound, `peak_memory_budget` that of
+  the budget pass.
 
 Trials of the methods are interleaved; every one runs on one thread unless OMP_NUM_THREADS says otherwise. The file is
 written anew after each seed, memory comes last.

@@ -27,7 +27,7 @@ def test_every_method_on_every_architecture(make_model, rows, architecture, meth
                  if "embed" in n or "wte" in n or "wpe" in n or "lm_head" in n or "norm" in n or "ln_" in n
                  or "router" in n or n.endswith("mlp.gate.weight")}
     tied = model.config.get_text_config().tie_word_embeddings
-    masks = prune(model, rows[:16], method, 0.6, progress=False)
+    masks = prune(model, rows[:16], method, 0.6, progress=False, budget="uniform")
     targets = find_targets(model, experts=True)
     assert set(masks.names) == {t.parameter_name for t in targets}
     assert masks.verify(model) == 0

@@ -278,6 +278,14 @@ def test_sensitivity_budget_keeps_the_total_and_differs(make_model, rows):
     assert [default_blend(s) for s in (0.5, 0.7, 0.9)] == pytest.approx([0.6, 0.6, 0.2])
 
 
+@pytest.mark.parametrize("architecture", ["mixtral", "gpt_oss", "gemma2", "gpt_neox"])
+def test_sensitivity_budget_on_other_architectures(make_model, rows, architecture):
+    model = make_model(architecture)
+    masks = prune(model, rows[:16], sparsity=0.6, progress=False)
+    assert masks.verify(model) == 0 and masks.sparsity() == pytest.approx(0.6, abs=1e-3)
+    assert all(torch.isfinite(p).all() for p in model.parameters())
+
+
 def test_factors_make_a_geometric_mean():
     weight = torch.tensor([[1.0, -4.0], [2.0, 1.0]])
     score = torch.tensor([[1.0, 2.0], [3.0, 2.0]])
