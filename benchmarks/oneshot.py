@@ -256,7 +256,8 @@ def plot(found: dict, path: Path) -> None:
                 xlabel="sparsity", ylabel="perplexity", yscale="log", title=result["model"],
                 ylim=(result["dense"] * 0.8, 3 * result["vocabulary"]),
             )
-        axes[0].legend(fontsize=8)
+        names = axes[0].get_legend_handles_labels()
+        figure.legend(*names, fontsize=8, ncol=len(names[0]), loc="upper center", bbox_to_anchor=(0.5, 0.0))
         figure.savefig(path)
 
 
