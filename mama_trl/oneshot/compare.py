@@ -22,16 +22,18 @@ def trial(
 ) -> dict:
     """Prunes `model` (first set back to `dense`) with `prune(**options)` and measures it on `heldout`.
 
-    Returns `nats` and `perplexity` per held-out token, `reached` (pruned share) and `seconds` (of pruning alone).
+    Returns `nats` and `perplexity` per held-out token, `reached` (pruned share), `seconds` (of pruning alone, by the
+    clock) and `cpu_seconds` (the same as this process was given processor time, whatever else ran beside it).
     """
     with torch.no_grad():
         model.load_state_dict(dense)
-    started = time.perf_counter()
+    started, given = time.perf_counter(), time.process_time()
     masks = prune(model, rows, batch_size=batch_size, progress=False, **options)
-    seconds = time.perf_counter() - started
+    seconds, cpu_seconds = time.perf_counter() - started, time.process_time() - given
     measured = perplexity(model, heldout, batch_size)
     return {
         "nats": measured["nats"], "perplexity": measured["perplexity"], "reached": masks.sparsity(), "seconds": seconds,
+        "cpu_seconds": cpu_seconds,
     }
 
 
@@ -57,6 +59,7 @@ def summarise(trials: list[dict], keys: tuple[str, ...], dense_nats: float, voca
             "excess": statistics.mean(min(value, math.log(vocabulary)) for value in nats) - dense_nats,
             "reached": statistics.mean(member["reached"] for member in members),
             "seconds": statistics.mean(member["seconds"] for member in members),
+            "cpu_seconds": statistics.mean(member["cpu_seconds"] for member in members),
             "seeds": len(members),
         })
     return result

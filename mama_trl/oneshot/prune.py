@@ -93,8 +93,9 @@ def prune(
         raise MamaError(f"`calibration` is missing: budget {budget} needs token ids (n, sequence_length).")
     if budget == "sensitivity" and layer_sparsity is None and group is None and sparsity > 0:
         blend = default_blend(sparsity) if budget_blend is None else budget_blend
-        few = calibration[: -(-calibration.shape[0] // 4)]
-        layer_sparsity = sensitivity_budget(model, few, sparsity, blend, targets, batch_size, progress)
+        few = calibration[: -(-calibration.shape[0] // 8)]  # what a matrix is worth shows after a few thousand tokens
+        # Its backward pass keeps the activations of every layer: fewer blocks at once.
+        layer_sparsity = sensitivity_budget(model, few, sparsity, blend, targets, max(batch_size // 4, 1), progress)
     placement = placement if placement is not None else Local()
     rare: list[str] = []
 
@@ -117,9 +118,6 @@ def prune(
 
     def note_rare(target: Target, gram: Gram) -> None:
         if gram.tokens < min(FEWEST_TOKENS, calibration.numel()):
-            rare.append(target.name)
-        elif not bool(torch.isfinite(gram.gram.sum())):
-            logger.warning("%s reads inputs with NaN or infinity: it was pruned by magnitude.", target.name)
             rare.append(target.name)
 
     def visit(own: list[Target], grams: dict[str, Gram], goals: dict[str, Goal] = {}) -> None:

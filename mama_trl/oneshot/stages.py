@@ -49,7 +49,7 @@ class Goal:
         self.total += outputs.sum(0)
 
 
-@dataclass
+@dataclass(eq=False)
 class Stage:
     """Targets that are measured together.
 
@@ -64,6 +64,7 @@ class Stage:
     norm: Optional[nn.Module] = None
     source: str = ""
     last: Optional[nn.Module] = None
+    whole: Optional[nn.Module] = None
 
 
 def staged(
@@ -80,7 +81,7 @@ def staged(
     """Calls `visit(targets, grams, goals)` for each stage of each block, on inputs that pruned layers computed.
 
     Two hidden states per token are kept, dense and pruned, and for the block at hand the dense residual stream after
-    each writer, all in the model's dtype. Targets outside every block come last.
+    its first writer and that writer's inputs, all in the model's dtype. Targets outside every block come last.
 
     Args:
         rows: token ids, int64 (n, sequence_length).
@@ -114,14 +115,21 @@ def staged(
             early = [_measure(block, plan[0], run, {INPUT: dense})] if plan and plan[0].writer is None else []
             streams = _run_dense(block, plan, lambda states: calls.run(index, states), dense)
             probe = short.run(index, probe)
-            if own and not (skip and skip(own)):
-                for stage in plan:
-                    visit(stage.targets, *(early.pop() if early else _measure(block, stage, run, streams)))
-                if finish:
-                    finish(own)
-            streams.clear()
-            for i, states in enumerate(pruned):
-                pruned[i] = calls.run(index, states)
+            with _Replay() as replay:
+                if own and not (skip and skip(own)):
+                    for stage in plan:
+                        kept = replay.inputs_of(stage)
+                        found = early.pop() if early else _measure(block, stage, replay.around(run), streams, kept)
+                        visit(stage.targets, *found)
+                        replay.start(stage)
+                        for place in (stage.place, stage.source):
+                            if not any(place in (later.place, later.source) for later in plan[plan.index(stage) + 1 :]):
+                                streams.pop(place, None)
+                    if finish:
+                        finish(own)
+                streams.clear()
+                for i, again in enumerate(replay.around(run)):
+                    pruned[i] = again()
             placement.release(index)
             if on_block:
                 on_block(index + 1, len(blocks))
@@ -154,8 +162,51 @@ def _run_dense(block: nn.Module, plan: list[Stage], run, dense: list[Tensor]) ->
     return streams
 
 
-def _measure(block: nn.Module, stage: Stage, runs: list, streams: dict[str, list[Tensor]]):
-    """(grams, goals) of one stage; each pass over a batch ends as soon as the stage has been seen."""
+class _Replay:
+    """Spares a block's attention on passes after its last layer is pruned: see `Stage.whole`."""
+
+    def __init__(self):
+        self._inputs: dict[Stage, list[Tensor]] = {}
+        self._forwards: list[tuple[nn.Module, dict]] = []
+        self._batch = 0
+
+    def __enter__(self) -> "_Replay":
+        return self
+
+    def __exit__(self, *_) -> None:
+        for module, own in self._forwards:
+            del module.forward  # the class's own is seen again, or what another library had put there
+            module.__dict__.update(own)
+        self._inputs.clear()
+
+    def inputs_of(self, stage: Stage) -> Optional[list[Tensor]]:
+        """Where the writer's inputs are to be kept, by batch; None if nothing could be spared by that."""
+        if stage.whole is None or stage.place == OUTPUT:
+            return None
+        return self._inputs.setdefault(stage, [])
+
+    def start(self, stage: Stage) -> None:
+        if stage not in self._inputs:
+            return
+        inputs, writer = self._inputs[stage], stage.writer.module
+        self._forwards.append((stage.whole, {k: v for k, v in vars(stage.whole).items() if k == "forward"}))
+        stage.whole.forward = lambda *args, **kwargs: (writer(inputs[self._batch]), None)
+
+    def around(self, runs: list) -> list:
+        """`runs`, each saying first which batch it is."""
+        def one(i, run):
+            self._batch = i
+            return run()
+        return [lambda i=i, run=run: one(i, run) for i, run in enumerate(runs)]
+
+
+def _measure(
+    block: nn.Module, stage: Stage, runs: list, streams: dict[str, list[Tensor]], kept: Optional[list[Tensor]] = None
+):
+    """(grams, goals) of one stage; each pass over a batch ends as soon as the stage has been seen.
+
+    The writer's inputs are appended to `kept`.
+    """
     writer, first = stage.writer, stage.targets[0]
     seen: dict[str, Tensor] = {}
     goal = pairs = None
@@ -193,6 +244,8 @@ def _measure(block: nn.Module, stage: Stage, runs: list, streams: dict[str, list
                     seen["before"] = run()
                 except _Stop:
                     pass
+                if kept is not None:
+                    kept.append(seen["inputs"])
                 if writer:
                     wanted = _tokens(streams[stage.place][i]) - _tokens(seen["before"])
                     goal.add(wanted, _tokens(seen["inputs"]))
@@ -240,6 +293,7 @@ def _plan(block: nn.Module, name: str, own: list[Target], run: Callable[[], Tens
         writers = [t for t in stage.targets if t.name in places]
         if len(writers) == 1 and len(stage.targets) == 1:
             stage.writer, stage.place = writers[0], places[writers[0].name]
+            stage.whole = plain.wholes.get(writers[0].module)
     for stage in stages:
         if stage.writer is None and stage.last is not None:
             stage.norm, stage.source = _source(block, stage, plain, set(places.values()) - {OUTPUT} | {INPUT})
@@ -272,15 +326,17 @@ def _order(own: list[Target], run: Callable[[], Tensor]) -> tuple[list[Target], 
 @dataclass
 class _Seen:
     """One run of a block: inputs of its submodules by name in the order of their calls (between INPUT and OUTPUT),
-    and the submodules' outputs."""
+    the submodules' outputs, and by submodule which other one returns its output as (output, None)."""
 
     inputs: dict[str, Tensor]
     outputs: dict[str, Tensor]
+    wholes: dict[nn.Module, nn.Module]
 
 
 def _observe(block: nn.Module, run: Callable[[], Tensor], silenced: Optional[nn.Module] = None) -> _Seen:
     """Runs the block; submodules that are called more than once are left out. `silenced` puts out zeros."""
-    seen = _Seen({}, {})
+    seen = _Seen({}, {}, {})
+    newest: list = [None, None]
     repeated: set[str] = set()
 
     def before(name: str):
@@ -291,8 +347,11 @@ def _observe(block: nn.Module, run: Callable[[], Tensor], silenced: Optional[nn.
 
     def after(name: str):
         def hook(module, _, out):
+            if isinstance(out, tuple) and len(out) == 2 and out[1] is None and out[0] is newest[0]:
+                seen.wholes[newest[1]] = module
             if isinstance(out, Tensor):
                 seen.outputs[name] = out
+                newest[:] = out, module
                 return torch.zeros_like(out) if module is silenced else None
         return hook
 

@@ -83,7 +83,7 @@ def variants(setting, rows, batch_size: int) -> list[tuple[str, str, dict]]:
 
     targets = find_targets(setting.model, experts=True)
     statistics = saved_statistics(setting.source, targets)
-    scores = {"sensitivity": sensitivities(setting.model, rows[: -(-len(rows) // 4)], targets, batch_size)}
+    scores = {"sensitivity": sensitivities(setting.model, rows[: -(-len(rows) // 8)], targets, batch_size)}
     scores |= {name: values for name, values in statistics.items() if name != "sensitivity"}
     if "reward" in statistics:
         scores["weights and biases"] = {
