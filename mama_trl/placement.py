@@ -99,7 +99,7 @@ class Spread(Local):
         self._packed: dict[str, Tensor] = {}
 
     def same(self, tokens: Tensor) -> Tensor:
-        return ranks.from_rank(tokens.contiguous(), 0, self._group)
+        return ranks.from_rank(tokens.clone(), 0, self._group)
 
     # ------------------------------------------------------------------ one block
 

@@ -61,7 +61,7 @@ def gathered(tensor: Tensor, group: Group) -> Tensor:
 
 
 def from_rank(tensor: Tensor, source: int, group: Group) -> Tensor:
-    """Rank `source`'s `tensor`; elsewhere its shape and dtype must be the same and its values do not count."""
+    """Rank `source`'s `tensor`; elsewhere its shape and dtype must be the same, and it may be overwritten."""
     if group is None:
         return tensor
     sent = _there(tensor, group)

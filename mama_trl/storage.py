@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Optional
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -31,7 +31,7 @@ def write_atomically(path: Path, write) -> None:
         with open(temporary, "rb+") as file:
             os.fsync(file.fileno())  # the name must not reach the disk before the contents
         os.replace(temporary, path)
-    except OSError as error:
+    except (OSError, SafetensorError) as error:  # safetensors reports a full disk as an error of its own
         raise MamaError(f"cannot write {path}: {error}; free some space or choose another output_dir.") from error
     finally:
         temporary.unlink(missing_ok=True)

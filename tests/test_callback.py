@@ -100,6 +100,28 @@ def test_statistics_by_hand(make_model, rows, tmp_path):
         assert torch.allclose(values[name].float(), expected, rtol=1e-2), name
 
 
+def test_a_loss_scale_changes_no_statistic(make_model):
+    """What DeepSpeed's fp16 shows before its step: gradients times the loss scale, in half precision."""
+    from mama_trl.shards import shards_of
+    from mama_trl.trajectory import Trajectory
+
+    found = []
+    for scale, dtype in ((1.0, torch.float32), (2.0**16, torch.float32), (2.0**10, torch.float16)):
+        model = make_model("llama").to(dtype)
+        shards = shards_of((t.name, t.parameter) for t in find_targets(model))
+        trajectory = Trajectory(shards, ["sensitivity", "reward", "movement"])
+        generator = torch.Generator().manual_seed(0)
+        for _ in range(3):
+            for shard in shards:
+                shard.parameter.grad = (torch.randn(shard.shape, generator=generator) * 1e-4 * scale).to(dtype)
+            trajectory.record()
+        found.append({f"{s} {n}": v.float() for s, values in trajectory.values.items() for n, v in values.items()})
+    for name, value in found[0].items():
+        assert value.abs().sum() > 0
+        assert (found[1][name] - value).norm() < 1e-3 * value.norm(), name
+        assert (found[2][name] - value).norm() < 1e-2 * value.norm(), name
+
+
 def test_a_bad_gradient_is_left_out_and_counted(make_model, rows, tmp_path):
     model = make_model("llama")
     mama = MamaCallback(MamaConfig(sparsity=0.0))
@@ -172,6 +194,70 @@ def test_the_next_stage_takes_up_masks_and_statistics(make_model, rows, tmp_path
     config = MamaConfig(sparsity=0.0, inherit_masks=False)
     _, third, _ = train(load(tmp_path / "a"), rows, tmp_path / "c", config)
     assert third.masks is None and int(third.trajectory.counts["sensitivity"]) == 8
+
+
+def test_a_save_limit_of_one_is_refused(make_model, rows, tmp_path):
+    with pytest.raises(MamaError, match="`save_total_limit` is 1.*set it to 2"):
+        train(make_model("llama"), rows, tmp_path, MamaConfig(), save_strategy="steps", save_total_limit=1)
+
+
+KILLED_SAVE = """
+import os, sys
+from pathlib import Path
+import torch
+from transformers import TrainerCallback
+sys.path.insert(0, {root!r})
+from mama_trl import MamaConfig, storage
+from tests.conftest import tiny
+from tests.test_callback import train
+
+write, saves = storage.write_atomically, [0]
+
+def dying(path, work):
+    if "checkpoint-4" in str(path):
+        saves[0] += 1
+        if saves[0] == {when}:
+            if {half}:
+                path.parent.mkdir(exist_ok=True)
+                work(path.with_name("half"))
+            os.kill(os.getpid(), 9)
+    write(path, work)
+
+for name in ("storage", "inputs", "callback"):
+    setattr(sys.modules["mama_trl." + name], "write_atomically", dying)
+rows = torch.randint(2, 384, (64, 24), generator=torch.Generator().manual_seed(0))
+train(tiny("llama"), rows, {folder!r}, MamaConfig(sparsity=0.8, mask_start=5), save_strategy="steps", save_steps=2,
+      save_total_limit=2)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("when,half", [(1, False), (1, True), (2, True), (3, False)])
+def test_kill_9_while_saving_leaves_a_whole_checkpoint(make_model, tmp_path, caplog, when, half):
+    """Killed at the first, second and last of our files, before and while it is written."""
+    import subprocess
+    import sys
+
+    from mama_trl.checkpoints import cut_off, newest_whole
+
+    root = str(Path(__file__).resolve().parents[1])
+    code = KILLED_SAVE.format(root=root, when=when, half=half, folder=str(tmp_path))
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=root)
+    assert done.returncode == -9, done.stderr[-2000:]
+    assert newest_whole(tmp_path).name == "checkpoint-2"
+    assert "checkpoint-4 is not whole" in cut_off(tmp_path) and "checkpoint-2" in cut_off(tmp_path)
+    rows = torch.randint(2, 384, (64, 24), generator=torch.Generator().manual_seed(0))
+    config = MamaConfig(sparsity=0.8, mask_start=5)
+    changes = {"save_strategy": "steps", "save_steps": 2, "save_total_limit": 2}
+    with pytest.raises(MamaError, match="checkpoint-4 is not whole.*resume from .*checkpoint-2"):
+        train(make_model("llama"), rows, tmp_path, config, resume=str(tmp_path / "checkpoint-4"), **changes)
+    resumed, again, _ = train(
+        make_model("llama", seed=9), rows, tmp_path, config, resume=str(newest_whole(tmp_path)), **changes
+    )
+    whole, masks, _ = train(make_model("llama"), rows, tmp_path / "whole", config, **changes)
+    assert again.masks.digest() == masks.masks.digest()
+    for a, b in zip(whole.model.state_dict().values(), resumed.model.state_dict().values()):
+        assert torch.equal(a, b)
 
 
 def test_hold_without_masks_is_refused(make_model, rows, tmp_path):

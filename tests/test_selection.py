@@ -1,8 +1,10 @@
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mama_trl import selection
+from mama_trl import MamaError, selection
+from mama_trl.bits import unpack_bits
 
 VALUES = st.sampled_from([0.0, -0.0, 1.0, -1.0, 0.5, 1e-42, -1e-42, 3.0e38, float("-inf"), 1 / 3])
 
@@ -15,6 +17,73 @@ def test_keep_mask_equals_a_stable_sort(values, data):
     expected = torch.zeros(len(values), dtype=torch.bool)
     expected[(scores + 0.0).argsort(descending=True, stable=True)[:keep]] = True
     assert torch.equal(selection.keep_mask(scores, keep), expected)
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.lists(st.lists(VALUES, max_size=12), min_size=1, max_size=5), st.data(), st.sampled_from(["f4", "bf16"]))
+def test_masks_over_several_parts_equal_a_stable_sort(values, data, dtype):
+    """Parts may be empty; ties go to the earlier part, then to the lower position."""
+    parts = [torch.tensor(part, dtype=torch.float32 if dtype == "f4" else torch.bfloat16) for part in values]
+    flat = torch.cat(parts).float() + 0.0
+    keep = data.draw(st.integers(0, len(flat)))
+    expected = torch.zeros(len(flat), dtype=torch.bool)
+    expected[flat.argsort(descending=True, stable=True)[:keep]] = True
+    packed = selection.packed_masks(parts, keep)
+    found = torch.cat([unpack_bits(bits, (len(part),)) for bits, part in zip(packed, parts)])
+    assert torch.equal(found, expected)
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.integers(0, 2**32), st.sampled_from(["normal", "positive", "rounded", "equal", "bf16"]), st.floats(0, 1))
+def test_the_sampled_bracket_changes_nothing(seed, kind, share):
+    generator = torch.Generator().manual_seed(seed)
+    parts = [torch.randn(size, generator=generator) for size in (30_000, 0, 17, 45_001)]
+    if kind == "positive":
+        parts = [part.abs() for part in parts]
+    elif kind == "rounded":
+        parts = [part.round(decimals=1) for part in parts]
+    elif kind == "equal":
+        parts = [torch.ones_like(part) for part in parts]
+    elif kind == "bf16":
+        parts = [part.bfloat16() for part in parts]
+    keep = round(share * sum(len(part) for part in parts))
+    plain = selection.packed_masks(parts, keep)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(selection, "_SAMPLED_FROM", 1000)
+        patch.setattr(selection, "_STRIDE", 3)
+        bracketed = selection.packed_masks(parts, keep)
+    assert all(torch.equal(a, b) for a, b in zip(plain, bracketed))
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(1, 5), st.integers(1, 6), st.data())
+def test_row_mask_equals_a_stable_sort_of_each_row(rows, columns, data):
+    values = data.draw(st.lists(VALUES, min_size=rows * columns, max_size=rows * columns))
+    scores = torch.tensor(values).view(rows, columns)
+    keep = data.draw(st.integers(1, columns))
+    expected = torch.zeros(rows, columns, dtype=torch.bool)
+    order = (scores + 0.0).argsort(dim=1, descending=True, stable=True)[:, :keep]
+    expected.scatter_(1, order, True)
+    found = selection.row_piece_mask(selection.Piece(scores.flatten(), 0, (rows, columns)), keep)
+    assert torch.equal(found.view(rows, columns), expected)
+    turned = selection.Piece(scores.t().flatten(), 0, (columns, rows), transposed=True)
+    assert torch.equal(selection.row_piece_mask(turned, keep).view(columns, rows).t(), expected)
+
+
+@pytest.mark.parametrize("size", [100, 1 << 12])
+def test_nan_scores_are_refused(size, monkeypatch):
+    monkeypatch.setattr(selection, "_SAMPLED_FROM", 1000)
+    scores = torch.rand(size)
+    scores[size // 2] = float("nan")
+    with pytest.raises(MamaError, match="NaN"):
+        selection.packed_masks([scores], size // 4)
+
+
+def test_exact_mean_does_not_depend_on_the_order():
+    scores = torch.rand(10_007, generator=torch.Generator().manual_seed(0)) ** 8
+    expected = selection.exact_mean(scores, len(scores))
+    assert selection.exact_mean(scores[torch.randperm(len(scores))], len(scores)) == expected
+    assert expected == pytest.approx(scores.double().mean().item(), rel=1e-6)
 
 
 def test_keep_mask_is_exact_over_several_chunks(monkeypatch):

@@ -1,6 +1,7 @@
 """What the four training commands share: parser, hand-over to accelerate, and the run itself."""
 
 import argparse
+import json
 import logging
 import os
 import subprocess
@@ -15,9 +16,11 @@ from transformers.trainer_utils import get_last_checkpoint
 from transformers.utils import is_torch_bf16_gpu_available
 from trl import ScriptArguments, TrlParser
 
+from ..checkpoints import STATE_FILE, cut_off, newest_whole
 from ..config import MamaConfig
 from ..errors import MamaError
 from ..hub import connect
+from ..storage import FOLDER
 from .common import check_model_source, check_output_dir, first_line, holds_something, nearest
 
 logger = logging.getLogger(__name__)
@@ -257,11 +260,16 @@ def check_run(script_args, training_args, model_args, needs_weights: bool = True
     if str(resume).lower() == "false":
         resume = None
     if str(resume).lower() == "true":
-        resume = get_last_checkpoint(output) if output.is_dir() else None
-        if resume is None:
+        sentence = cut_off(output)
+        resume = newest_whole(output) or (get_last_checkpoint(output) if output.is_dir() and not sentence else None)
+        if sentence:
+            logger.warning(sentence)
+        elif resume is None:
             logger.warning("no checkpoint in %s yet: starting from the beginning", output)
+        resume = resume and str(resume)
     elif resume is not None and not Path(resume).is_dir():
         raise MamaError(f"`resume_from_checkpoint` is {resume}, which is no folder: give a checkpoint folder, or true.")
+    _check_ranks(resume, training_args)
     if resume is None and int(os.environ.get("RANK", 0)) == 0:
         if holds_something(output) and get_last_checkpoint(output) and not script_args.overwrite:
             raise MamaError(
@@ -270,6 +278,19 @@ def check_run(script_args, training_args, model_args, needs_weights: bool = True
             )
         check_output_dir(output, script_args.overwrite, model_args.model_name_or_path)
     return resume
+
+
+def _check_ranks(resume: Optional[str], training_args) -> None:
+    """DeepSpeed loads its optimizer only on as many ranks as wrote it: said before any model is loaded."""
+    state = Path(resume) / FOLDER / STATE_FILE if resume else None
+    if state is None or not state.is_file() or not os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true":
+        return
+    written, here = json.loads(state.read_text(encoding="utf-8")).get("ranks"), int(os.environ.get("WORLD_SIZE", 1))
+    if written not in (None, here):
+        raise MamaError(
+            f"{resume} was written by {written} processes and this run has {here}, where DeepSpeed does not load its "
+            f"optimizer: start {written}, or convert it to a universal checkpoint first (see docs/distributed.md)."
+        )
 
 
 def model_options(training_args, model_args) -> dict:

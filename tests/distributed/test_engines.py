@@ -144,7 +144,10 @@ def test_conv1d_under_zero3(tmp_path):
     assert results[0]["engine"] == "zero3" and results[0]["violations"] == 0
     for way in ways:
         a, b = alone["ways"][way]["flags"], results[0]["ways"][way]["flags"]
-        assert a == b if way != "least_squares" else sum(x != y for n in a for x, y in zip(a[n], b[n])) <= 2
+        different = sum(x != y for n in a for x, y in zip(a[n], b[n]))
+        print(f"gpt2 zero3 {way}: {different} of {sum(map(len, a.values()))} connections differ")
+        # Least squares chooses anew among inputs that the two runs computed with another rounding.
+        assert different <= (0 if way != "least_squares" else 0.01 * sum(map(len, a.values())))
 
 
 def test_two_ranks_checkpoint_is_read_by_one(tmp_path):

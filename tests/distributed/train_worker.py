@@ -108,6 +108,7 @@ def main(options: dict) -> None:
     trainer.save_model(str(folder))
     torch.save(watch.statistics, folder / f"statistics{rank}.pt")
     torch.save({n: s.full() for n, s in sorted(mama._shards.items())}, folder / f"weights{rank}.pt")
+    ranks.wait(ranks.everyone())
     if options.get("ways"):
         reference = Path(options.get("reference", folder))
         result["ways"] = {way: try_way(reference, trainer, mama, calibration, WAYS[way]) for way in options["ways"]}
