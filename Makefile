@@ -2,13 +2,14 @@
 # make run        the main job: configs/demo.yaml, its report in runs/demo
 # make test       the default tests
 # make test-slow  the tests that take minutes
+# make bench      every benchmark, results in runs/bench
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV := .venv
 STAMP := $(VENV)/.installed
 export OMP_NUM_THREADS ?= 2
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: setup run test test-slow
+.PHONY: setup run test test-slow bench
 
 setup: $(STAMP)
 
@@ -28,3 +29,9 @@ test: setup
 
 test-slow: setup
 	$(VENV)/bin/python -m pytest -m slow
+
+bench: setup
+	mkdir -p runs/bench
+	for name in selection overhead oneshot structures; do \
+		$(VENV)/bin/python -m benchmarks.$$name --output runs/bench/$$name.json || exit 1; \
+	done

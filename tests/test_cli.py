@@ -4,7 +4,6 @@ import json
 
 import pytest
 import torch
-from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from mama_trl.cli import COMMANDS, TRAINING, main
@@ -180,16 +179,24 @@ def test_levels_writes_table_and_plot(folder, tmp_path, capsys):
 
 def test_ablation_changes_one_part_at_a_time(folder, tmp_path, capsys):
     """With statistics of a run beside the model, the reward stands against the fixed indicator."""
+    from mama_trl.shards import shards_of
     from mama_trl.targets import find_targets
+    from mama_trl.trajectory import Trajectory
 
     model = AutoModelForCausalLM.from_pretrained(folder / "model")
     source = tmp_path / "model"
     model.save_pretrained(source)
     tiny_tokenizer().save_pretrained(source)
-    (source / "mama").mkdir()
     torch.manual_seed(0)
-    values = {f"reward/{t.parameter_name}": torch.rand(t.parameter.shape).bfloat16() for t in find_targets(model)}
-    save_file(values, source / "mama" / "statistics.safetensors")
+
+    def leave_statistics(cut: slice) -> None:
+        parameters = [(t.name, torch.nn.Parameter(t.parameter.detach()[cut])) for t in find_targets(model)]
+        trajectory = Trajectory(shards_of(parameters), ["reward"])
+        for value in trajectory.values["reward"].values():
+            value.copy_(torch.rand(value.shape))
+        trajectory.save(source)
+
+    leave_statistics(slice(None))
     arguments = [
         "ablation", source, "--calibration", folder / "train.txt", "--text", folder / "held.txt", "--levels", "0.7",
         "--calibration_tokens", "512", "--blocks", "4", "--output", tmp_path / "ablation",
@@ -207,7 +214,7 @@ def test_ablation_changes_one_part_at_a_time(folder, tmp_path, capsys):
     assert found["steps", "mama"] == found["redistribution", "least_squares"] == found["budget", "sensitivity"]
     assert len(set(found.values())) > 10
     assert max(map(len, capsys.readouterr().out.splitlines())) <= 100 + len(str(tmp_path))
-    save_file({key: value[:1] for key, value in values.items()}, source / "mama" / "statistics.safetensors")
+    leave_statistics(slice(1))
     assert "belongs to another model" in refused(capsys, *arguments, "--overwrite")
 
 
@@ -232,7 +239,7 @@ def test_report_and_run_without_their_files(tmp_path, capsys):
     (["--use_peft"], "`use_peft` is set"),
     (["--learning_rat", "1"], "--learning_rate"),
     (["--config", "{root}/missing.yaml"], "cannot be read"),
-    (["--accelerate_config", "zero9"], "single, ddp, zero2, zero3, fsdp2"),
+    (["--accelerate_config", "zero9"], "single, ddp, zero1, zero2, zero3, zero3-offload, fsdp2, two-node"),
     (["--accelerate_config", "ddp", "--num_proceses", "2"], "--num_processes"),
     (["--resume_from_checkpoint", "{root}/nowhere"], "is no folder"),
     (["--prompt_template", "{{nothing}}", "--dataset_name", "{root}/train.txt"], "`prompt_template` does not fit"),

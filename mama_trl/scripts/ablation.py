@@ -33,37 +33,29 @@ def saved_statistics(folder: str, targets) -> dict[str, dict]:
     Read by parameter name, so that only what belongs to a target of this model is taken. The reward's mean square is
     given as its root. Raises `MamaError` if the file is damaged or belongs to another model.
     """
-    from safetensors import safe_open
-
     from ..errors import MamaError
-    from ..masks import FOLDER
-    from ..trajectory import FILE
+    from ..storage import RangeReader
+    from ..trajectory import STEM
 
-    path = Path(folder) / FOLDER / FILE
-    if not path.exists():
+    reader = RangeReader.find(folder, STEM)
+    if reader is None:
         return {}
     found: dict[str, dict] = {}
-    try:
-        with safe_open(path, "pt") as file:
-            names = set(file.keys())
-            for indicator in ("sensitivity", "movement", "reward"):
-                for target in targets:
-                    key = f"{indicator}/{target.parameter_name}"
-                    if key not in names:
-                        continue
-                    values = file.get_tensor(key)
-                    if values.shape != target.parameter.shape:
-                        raise MamaError(
-                            f"{path} holds shape {list(values.shape)} for {target.parameter_name}, whose shape is "
-                            f"{list(target.parameter.shape)}: it belongs to another model; delete it."
-                        )
-                    values = target.oriented(values if target.expert is None else values[target.expert]).float()
-                    values = values.to(target.parameter.device)
-                    found.setdefault(indicator, {})[target.name] = values.sqrt() if indicator == "reward" else values
-    except MamaError:
-        raise
-    except Exception as error:
-        raise MamaError(f"{path} is no readable statistics file ({error}): delete it or restore it.") from error
+    shapes = {name: tuple(shape) for name, shape in reader.header["shapes"].items()}
+    for indicator in reader.header["counts"]:
+        for target in targets:
+            stored, whole = shapes.get(target.parameter_name), tuple(target.parameter.shape)
+            if stored is None:
+                continue
+            if stored != whole:
+                raise MamaError(
+                    f"{reader.where} holds shape {list(stored)} for {target.parameter_name}, whose shape is "
+                    f"{list(whole)}: it belongs to another model; delete it."
+                )
+            values = reader.read(f"{indicator}/{target.parameter_name}", 0, target.parameter.numel()).view(whole)
+            values = target.oriented(values if target.expert is None else values[target.expert]).float()
+            values = values.to(target.parameter.device)
+            found.setdefault(indicator, {})[target.name] = values.sqrt() if indicator == "reward" else values
     # A statistic that was never recorded is all zero and says nothing.
     return {
         name: values for name, values in found.items()

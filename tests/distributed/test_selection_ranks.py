@@ -24,7 +24,8 @@ def test_one_two_and_four_ranks_give_identical_masks(tmp_path):
     torch.save(cases, tmp_path / "cases.pt")
     answers = {}
     for world, engine in ((1, "single"), (2, "gloo"), (4, "gloo")):
-        parts = launch.run(tmp_path / str(world), engine, world, module="select_worker", cases=str(tmp_path / "cases.pt"))
+        options = {"module": "select_worker", "cases": str(tmp_path / "cases.pt")}
+        parts = launch.run(tmp_path / str(world), engine, world, **options)
         assert all(part["found"] == parts[0]["found"] for part in parts)
         assert all(part["bytes"] <= 1.1 * 2**20 for part in parts)
         answers[world] = parts[0]["found"]

@@ -17,10 +17,10 @@ if ENGINE == "fsdp2":
 
     PartialState._prepare_backend = lambda self, *args, **kwargs: ("gloo", DistributedType.MULTI_GPU)
 
-import mama_trl.trajectory
-from mama_trl import MamaCallback, MamaConfig, ranks
-from mama_trl.pruning import Update, update_masks
-from tests.conftest import tiny
+import mama_trl.trajectory  # noqa: E402 (after the shim)
+from mama_trl import MamaCallback, MamaConfig, ranks  # noqa: E402 (after the shim)
+from mama_trl.pruning import Update, update_masks  # noqa: E402 (after the shim)
+from tests.conftest import tiny  # noqa: E402 (after the shim)
 
 # Every way to choose masks, tried on the trained weights (0.8 sparse) one after the other, at 0.9.
 WAYS = {
