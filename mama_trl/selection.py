@@ -26,9 +26,10 @@ from .errors import MamaError
 
 _BINS = 1 << 16
 _HALF = 1 << 15
-_CHUNK = 1 << 18  # scores handled at once: bounds the extra memory; a multiple of 8, so that chunks end on bytes
+_CHUNK = 1 << 19  # scores handled at once: bounds the extra memory; a multiple of 8, so that chunks end on bytes
 _LEAST = -(1 << 31)  # below the key of -inf
-_STRIDE = 61  # one score in so many is sampled; prime, so that it falls into step with no matrix
+_STRIDE = 61  # one line in so many is sampled; prime, so that it falls into step with no matrix
+_LINE = 16  # neighbours that are sampled together, since memory hands them out together
 _SAMPLED_FROM = 1 << 21  # scores below which bracketing saves nothing
 _COARSE = 1 << 14  # bins of the sample's histogram
 
@@ -180,13 +181,19 @@ def _by_bracket(parts: list[Tensor], keep: int, size: int, group: ranks.Group) -
     def scan(place: tuple[int, int]) -> tuple[int, numpy.ndarray, numpy.ndarray]:
         number, begin = place
         values = parts[number].reshape(-1)[begin : begin + _CHUNK].float().numpy()
-        if numpy.isnan(values.max()):
+        # "Not below" takes a NaN for high and "at least" for low, so that it shows up among the candidates.
+        upper = ~numpy.packbits(values < high, bitorder="little")
+        if len(values) % 8:
+            upper[-1] &= (1 << len(values) % 8) - 1
+        masks[number].numpy()[begin // 8 : begin // 8 + len(upper)] = upper
+        # The few flags within the bracket are looked for a byte at a time.
+        within = numpy.packbits(values >= low, bitorder="little") ^ upper
+        bytes_ = numpy.flatnonzero(within != 0)
+        flags = numpy.flatnonzero(numpy.unpackbits(within[bytes_], bitorder="little").view(bool))
+        inside = bytes_[flags >> 3] * 8 + (flags & 7)
+        if numpy.isnan(values[inside]).any():
             raise MamaError(_NAN)
-        upper = values >= high
-        own = slice(begin // 8, begin // 8 + bytes_for(len(values)))
-        masks[number].numpy()[own] = numpy.packbits(upper, bitorder="little")
-        inside = numpy.flatnonzero((values >= low) ^ upper)
-        return numpy.count_nonzero(upper), inside + begin, values[inside]
+        return int(numpy.bitwise_count(upper).sum(dtype=numpy.int64)), inside + begin, values[inside]
 
     places = [(number, begin) for number, part in enumerate(parts) for begin in range(0, part.numel(), _CHUNK)]
     found = list(_in_threads(scan, places))
@@ -212,7 +219,10 @@ def _sampled_bracket(
     parts: list[Tensor], keep: int, size: int, group: ranks.Group
 ) -> Optional[tuple[float, float]]:
     """(low, high): the k-th largest most probably is >= low and < high. None if too many scores lie between."""
-    sample = torch.cat([part.reshape(-1)[::_STRIDE] for part in parts]).float()
+    lines = [part.reshape(-1)[: part.numel() // _LINE * _LINE].view(-1, _LINE)[::_STRIDE] for part in parts]
+    sample = torch.cat(lines).reshape(-1).float()
+    if not ranks.total(torch.tensor(sample.numel()), group):
+        return None
     histogram = torch.bincount((ordered_keys(sample) >> 18) + _COARSE // 2, minlength=_COARSE)[:_COARSE]
     histogram = ranks.total(histogram.int(), group).flip(0).cumsum(0)  # int32: the message stays small
     seen = int(histogram[-1])
