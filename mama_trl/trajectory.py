@@ -76,6 +76,8 @@ class Trajectory:
         for name in names:
             self.counts[name] += usable.float()
             rates[name] = torch.where(usable, 1.0 / self.counts[name].clamp(1, WINDOW), 0.0)
+        if norm.device.type == "cpu" and not usable:
+            return  # asking costs nothing here; a GPU goes on with rate 0 rather than wait for the answer
         masters = {shard.name: shard.master for shard in self.shards}
         for group in self._groups:
             members = [(s.name, begin, end) for s, begin, end in group if gradients[s.name] is not None]
@@ -96,8 +98,8 @@ class Trajectory:
         sizes = [end - begin for _, begin, end in members]
         buffer = self._buffer(first.device, sum(sizes))
         parts = list(buffer.split(sizes))
-        torch._foreach_copy_(parts, [masters[name][begin:end] for name, begin, end in members])
-        torch._foreach_mul_(parts, [gradients[name][begin:end] for name, begin, end in members])
+        for part, (name, begin, end) in zip(parts, members):
+            torch.mul(masters[name][begin:end].float(), gradients[name][begin:end], out=part)
         buffer.mul_(scale.to(first.device))
         for number, name in enumerate(names):
             # The last statistic may use the products up.
@@ -108,9 +110,9 @@ class Trajectory:
                 new.mul_(new)
             else:
                 new.neg_()
-            # NaN and infinity become numbers that the rate 0 of a bad step then cancels; 0 times NaN would be NaN.
-            torch.fmin(new, torch.full_like(new[:1], _HUGE), out=new)
-            if name == "movement":
+            if first.device.type != "cpu":
+                # NaN and infinity become numbers that the rate 0 of a bad step cancels; 0 times NaN would be NaN.
+                torch.fmin(new, torch.full_like(new[:1], _HUGE), out=new)
                 torch.fmax(new, torch.full_like(new[:1], -_HUGE), out=new)
             statistics = [self._flat[name][key][begin:end] for key, begin, end in members]
             pieces = list(new.split(sizes))
