@@ -290,12 +290,6 @@ def kept_count(numel: int, sparsity: float) -> int:
     return max(1, numel - round(numel * sparsity))
 
 
-def threshold(scores: Tensor, keep: int) -> tuple[float, int]:
-    """The k-th largest score and how many scores equal to it are kept (1 <= keep <= number of scores)."""
-    cut = find_cut([scores], keep)
-    return cut.value, cut.ties
-
-
 # ---------------------------------------------------------------------- rows and groups of one matrix
 
 

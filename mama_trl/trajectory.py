@@ -54,7 +54,7 @@ class Trajectory:
         self.skipped = torch.zeros((), device=device)
         self.history: list[dict] = []
         self._groups = segments(shards)
-        self._buffers: dict[tuple, Tensor] = {}
+        self._scratch = torch.empty(0)
 
     @torch.no_grad()
     def record(self, names: Optional[tuple[str, ...]] = None) -> None:
@@ -124,10 +124,9 @@ class Trajectory:
         """fp32 scratch, made anew each time on a GPU, whose allocator keeps it, and held on a CPU."""
         if device.type != "cpu":
             return torch.empty(size, device=device)
-        held = self._buffers.get(device)
-        if held is None or held.numel() < size:
-            held = self._buffers[device] = torch.empty(size)
-        return held[:size]
+        if self._scratch.numel() < size:
+            self._scratch = torch.empty(size)
+        return self._scratch[:size]
 
     def importance(self, name: str) -> dict[str, Tensor]:
         """The indicator per parameter, fp32, shaped like `values`; the reward's mean square as its root."""

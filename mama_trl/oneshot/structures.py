@@ -27,6 +27,7 @@ from ..errors import MamaError
 from ..redistribution import bias_shift, unit_diagonal
 from ..selection import keep_mask, kept_count
 from ..targets import Target, find_blocks, find_targets
+from .prune import FEWEST_TOKENS
 from .resume import Unfinished
 
 logger = logging.getLogger(__name__)
@@ -34,7 +35,6 @@ STRUCTURES = ("heads", "neurons")
 STRUCTURE_METHODS = ("mama", "wanda", "magnitude", "random")
 DAMPING = 1e-2  # on the unit-diagonal gram
 STEP = 0.02  # share of the living structures that goes at once
-FEWEST_TOKENS = 64  # of an expert; with fewer its structures are chosen by magnitude and nothing is refitted
 WIDTH_FIELDS = (
     "moe_intermediate_size", "intermediate_size", "ffn_dim", "n_inner", "ffn_hidden_size", "inner_dim", "d_ff",
 )

@@ -1,6 +1,5 @@
 """`mama ablation`: what each part of one-shot MAMA is worth."""
 
-from pathlib import Path
 
 from . import common
 
