@@ -87,10 +87,7 @@ def find_cut(parts: list[Tensor], keep: int, group: ranks.Group = None) -> Cut:
     dtype, device = parts[0].dtype, parts[0].device
     wide = dtype not in (torch.bfloat16, torch.float16)
     shift = 16 if wide else 0
-    upper = torch.zeros(_BINS, dtype=torch.int64, device=device)
-    for chunk in _chunks(parts):
-        upper += torch.bincount((ordered_keys(chunk) >> shift).add_(_HALF), minlength=_BINS)
-    upper = ranks.total(upper, group)
+    upper = ranks.total(_histogram(((ordered_keys(c) >> shift).add_(_HALF) for c in _chunks(parts)), device), group)
     infinity = 0x7C00 if dtype == torch.float16 else 0x7F80
     if upper[_HALF + infinity + 1 :].any():
         raise MamaError(_NAN)
@@ -98,14 +95,21 @@ def find_cut(parts: list[Tensor], keep: int, group: ranks.Group = None) -> Cut:
     high -= _HALF
     if not wide:
         return Cut(_value(high, dtype), rest, level)
-    lower = torch.zeros(_BINS, dtype=torch.int64, device=device)
-    for chunk in _chunks(parts):
-        keys = ordered_keys(chunk)
-        inside = keys[(keys >> 16) == high]
-        if inside.numel():
-            lower += torch.bincount(inside.bitwise_and_(_BINS - 1), minlength=_BINS)
+    del upper
+    inside = (keys[(keys >> 16) == high] for keys in map(ordered_keys, _chunks(parts)))
+    lower = _histogram((keys.bitwise_and_(_BINS - 1) for keys in inside), device)
     low, ties, level = _bin_of(ranks.total(lower, group), rest)
     return Cut(_value((high << 16) | low, dtype), ties, level)
+
+
+def _histogram(numbers: Iterable[Tensor], device: torch.device) -> Tensor:
+    """How often each of 0 ... 65,535 occurs, int64 (65,536,)."""
+    result = None
+    for chunk in numbers:
+        if chunk.numel():
+            found = torch.bincount(chunk, minlength=_BINS)
+            result = found if result is None else result.add_(found)
+    return torch.zeros(_BINS, dtype=torch.int64, device=device) if result is None else result
 
 
 def _chunks(parts: list[Tensor]) -> Iterator[Tensor]:
@@ -116,11 +120,19 @@ def _chunks(parts: list[Tensor]) -> Iterator[Tensor]:
 
 def _bin_of(histogram: Tensor, keep: int) -> tuple[int, int, int]:
     """Highest bin at which `keep` scores are reached from above, how many of its own are needed, how many it has."""
-    own = histogram.flip(0)
-    from_above = own.cumsum(0)
-    position = torch.searchsorted(from_above, keep)
-    position, above, inside = torch.stack([position, from_above[position], own[position]]).tolist()
-    return _BINS - 1 - position, keep - (above - inside), inside
+    rows = histogram.view(256, -1)  # first the row of bins, then the bin: no sum along all of them
+    row, above = _reached(rows.sum(1), keep)
+    column, more = _reached(rows.index_select(0, row).view(-1), keep - above)
+    position = row * rows.shape[1] + column
+    position, above, inside = torch.cat([position, above + more, histogram.index_select(0, position)]).tolist()
+    return position, keep - above, inside
+
+
+def _reached(counts: Tensor, keep: int | Tensor) -> tuple[Tensor, Tensor]:
+    """Last position from which on there are `keep` counts, and how many counts are behind it; both (1,)."""
+    behind = counts.flip(0).cumsum(0)
+    place = torch.searchsorted(behind, torch.as_tensor(keep, device=counts.device).view(1))
+    return len(counts) - 1 - place, (behind - counts.flip(0)).index_select(0, place)
 
 
 def _ties_of(parts: list[Tensor], cut: Cut, group: ranks.Group) -> list[int]:

@@ -153,15 +153,16 @@ def prune(
             def advance(done: int, total: int) -> None:
                 bar.update(1)
 
-            def skip(own: list[Target]) -> bool:
+            def restore(own: list[Target]) -> bool:
                 return unfinished is not None and unfinished.restore(own, placement.found)
 
             with bar:
                 if method == "mama":
                     few = _enough(calibration, targets)
-                    staged(model, few, targets, visit, batch_size, advance, skip, store, placement)
+                    skip = unfinished.holds if unfinished else None
+                    staged(model, few, targets, visit, batch_size, advance, skip, restore, store, placement)
                 else:
-                    blockwise(model, calibration, targets, visit_block, batch_size, advance, skip)
+                    blockwise(model, calibration, targets, visit_block, batch_size, advance, restore)
     if rare:
         logger.warning(
             "%d of %d matrices saw fewer than %d calibration tokens and were pruned by magnitude without "

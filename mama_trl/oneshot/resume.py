@@ -75,9 +75,13 @@ class Unfinished:
                 tensors[f"bias {target.name}"] = target.bias.detach().cpu().clone()
         write_atomically(self._file(targets), lambda temporary: save_file(tensors, temporary))
 
+    def holds(self, targets: list[Target]) -> bool:
+        """Whether the block `targets` is stored."""
+        return self._file(targets).exists()
+
     def restore(self, targets: list[Target], masks: dict[str, Tensor]) -> bool:
         """Writes a stored block into the model and `masks`; False if it is not stored."""
-        if not self._file(targets).exists():
+        if not self.holds(targets):
             return False
         stored = load_file(self._file(targets))
         for target in targets:
