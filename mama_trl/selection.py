@@ -12,9 +12,8 @@ With a `group`, functions take the flat range of each matrix that this rank owns
 order and a rank's may be empty.
 """
 
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Callable, Iterable, Iterator, Optional
+from typing import Iterable, Iterator, Optional
 
 import numpy
 import torch
@@ -22,47 +21,17 @@ from torch import Tensor
 
 from . import ranks
 from .bits import bytes_for, pack_into, unpack_bits
+from .bracket import NAN_SCORE, SAMPLED_FROM, sampled_bracket, scan
 from .errors import MamaError
+from .keys import ordered_keys, value_of
 
 _BINS = 1 << 16
 _HALF = 1 << 15
 _CHUNK = 1 << 19  # scores handled at once: bounds the extra memory; a multiple of 8, so that chunks end on bytes
 _LEAST = -(1 << 31)  # below the key of -inf
-_STRIDE = 61  # one line in so many is sampled; prime, so that it falls into step with no matrix
-_LINE = 16  # neighbours that are sampled together, since memory hands them out together
-_SAMPLED_FROM = 1 << 21  # scores below which bracketing saves nothing
-_COARSE = 1 << 14  # bins of the sample's histogram
-
-
-# ---------------------------------------------------------------------- keys
-
-
-def ordered_keys(scores: Tensor) -> Tensor:
-    """int32 keys, same shape, in the numeric order of the scores; not to be changed in place."""
-    if scores.dtype == torch.float32:
-        bits, magnitude = scores.view(torch.int32), 0x7FFFFFFF
-    elif scores.dtype in (torch.bfloat16, torch.float16):
-        bits, magnitude = scores.view(torch.int16).int(), 0x7FFF
-    else:
-        return ordered_keys(scores.float())
-    if scores.device.type == "cpu" and scores.numel() and bits.min() >= 0:
-        return bits  # most indicators have no sign; a look at a GPU's values would cost more than the work it saves
-    # Negative floats order backwards: their key is minus the bits of their magnitude, and that of -0.0 is 0.
-    sign = bits >> 31
-    return (bits & magnitude).bitwise_xor_(sign).sub_(sign)
-
-
-def _value(key: int, dtype: torch.dtype) -> float:
-    """Inverse of `ordered_keys` for one key."""
-    integer = torch.int16 if dtype in (torch.bfloat16, torch.float16) else torch.int32
-    real = dtype if integer == torch.int16 else torch.float32
-    value = torch.tensor(abs(key), dtype=integer).view(real).item()
-    return -value if key < 0 else value
 
 
 # ---------------------------------------------------------------------- the threshold
-
-_NAN = "a score is NaN, so no mask is computed: look for NaN in the weights and their statistics."
 
 
 @dataclass(frozen=True)
@@ -90,16 +59,16 @@ def find_cut(parts: list[Tensor], keep: int, group: ranks.Group = None) -> Cut:
     upper = ranks.total(_histogram(((ordered_keys(c) >> shift).add_(_HALF) for c in _chunks(parts)), device), group)
     infinity = 0x7C00 if dtype == torch.float16 else 0x7F80
     if upper[_HALF + infinity + 1 :].any():
-        raise MamaError(_NAN)
+        raise MamaError(NAN_SCORE)
     high, rest, level = _bin_of(upper, keep)
     high -= _HALF
     if not wide:
-        return Cut(_value(high, dtype), rest, level)
+        return Cut(value_of(high, dtype), rest, level)
     del upper
     inside = (keys[(keys >> 16) == high] for keys in map(ordered_keys, _chunks(parts)))
     lower = _histogram((keys.bitwise_and_(_BINS - 1) for keys in inside), device)
     low, ties, level = _bin_of(ranks.total(lower, group), rest)
-    return Cut(_value((high << 16) | low, dtype), ties, level)
+    return Cut(value_of((high << 16) | low, dtype), ties, level)
 
 
 def _histogram(numbers: Iterable[Tensor], device: torch.device) -> Tensor:
@@ -173,7 +142,7 @@ def packed_masks(parts: list[Tensor], keep: int, group: ranks.Group = None) -> l
     size = int(ranks.total(torch.tensor(sum(part.numel() for part in parts), device=parts[0].device), group))
     if keep <= 0 or keep >= size:
         return [_constant(part, keep >= size) for part in parts]
-    if size >= _SAMPLED_FROM and parts[0].device.type == "cpu":
+    if size >= SAMPLED_FROM and parts[0].device.type == "cpu":
         masks = _by_bracket(parts, keep, size, group)
         if masks is not None:
             return masks
@@ -184,80 +153,20 @@ def packed_masks(parts: list[Tensor], keep: int, group: ranks.Group = None) -> l
 def _by_bracket(parts: list[Tensor], keep: int, size: int, group: ranks.Group) -> Optional[list[Tensor]]:
     """`packed_masks` in one pass over the scores: all above a bracket are kept, and the few within it are selected
     from in their turn. None where no bracket would pay, or where it turns out not to hold the threshold."""
-    bracket = _sampled_bracket(parts, keep, size, group)
+    bracket = sampled_bracket(parts, keep, size, group)
     if bracket is None:
         return None
-    low, high = bracket
-    masks = [torch.empty(bytes_for(part.numel()), dtype=torch.uint8) for part in parts]
-
-    def scan(place: tuple[int, int]) -> tuple[int, numpy.ndarray, numpy.ndarray]:
-        number, begin = place
-        values = parts[number].reshape(-1)[begin : begin + _CHUNK].float().numpy()
-        # "Not below" takes a NaN for high and "at least" for low, so that it shows up among the candidates.
-        upper = ~numpy.packbits(values < high, bitorder="little")
-        if len(values) % 8:
-            upper[-1] &= (1 << len(values) % 8) - 1
-        masks[number].numpy()[begin // 8 : begin // 8 + len(upper)] = upper
-        # The few flags within the bracket are looked for a byte at a time.
-        within = numpy.packbits(values >= low, bitorder="little") ^ upper
-        bytes_ = numpy.flatnonzero(within != 0)
-        flags = numpy.flatnonzero(numpy.unpackbits(within[bytes_], bitorder="little").view(bool))
-        inside = bytes_[flags >> 3] * 8 + (flags & 7)
-        if numpy.isnan(values[inside]).any():
-            raise MamaError(_NAN)
-        return int(numpy.bitwise_count(upper).sum(dtype=numpy.int64)), inside + begin, values[inside]
-
-    places = [(number, begin) for number, part in enumerate(parts) for begin in range(0, part.numel(), _CHUNK)]
-    found = list(_in_threads(scan, places))
-    above = sum(count for count, _, _ in found)
-    inside = sum(len(positions) for _, positions, _ in found)
-    everywhere = ranks.total(torch.tensor([above, inside]), group).tolist()
-    if not everywhere[0] < keep <= sum(everywhere):
+    found = scan(parts, *bracket)
+    above, within = ranks.total(torch.tensor([found.above, sum(map(len, found.positions))]), group).tolist()
+    if not above < keep <= above + within:
         return None
-    positions: list[list] = [[numpy.empty(0, "int64")] for _ in parts]
-    candidates: list[list] = [[numpy.empty(0, "float32")] for _ in parts]
-    for (number, _), (_, where, values) in zip(places, found):
-        positions[number].append(where)
-        candidates[number].append(values)
-    values = [torch.from_numpy(numpy.concatenate(each)).to(parts[0].dtype) for each in candidates]
-    for mask, where, chosen in zip(masks, positions, packed_masks(values, keep - everywhere[0], group)):
-        where = numpy.concatenate(where)
+    for mask, where, chosen in zip(found.masks, found.positions, packed_masks(found.values, keep - above, group)):
         where = where[unpack_bits(chosen, (len(where),)).numpy()]
-        numpy.bitwise_or.at(mask.numpy(), where >> 3, (1 << (where & 7)).astype("uint8"))
-    return masks
-
-
-def _sampled_bracket(
-    parts: list[Tensor], keep: int, size: int, group: ranks.Group
-) -> Optional[tuple[float, float]]:
-    """(low, high): the k-th largest most probably is >= low and < high. None if too many scores lie between."""
-    lines = [part.reshape(-1)[: part.numel() // _LINE * _LINE].view(-1, _LINE)[::_STRIDE] for part in parts]
-    sample = torch.cat(lines).reshape(-1).float()
-    if not ranks.total(torch.tensor(sample.numel()), group):
-        return None
-    histogram = torch.bincount((ordered_keys(sample) >> 18) + _COARSE // 2, minlength=_COARSE)[:_COARSE]
-    histogram = ranks.total(histogram.int(), group).flip(0).cumsum(0)  # int32: the message stays small
-    seen = int(histogram[-1])
-    expected = keep / size * seen
-    margin = 5 * (expected * (1 - keep / size)) ** 0.5 + 5
-    first = int(torch.searchsorted(histogram, max(expected - margin, 0)))
-    last = int(torch.searchsorted(histogram, min(expected + margin, seen)))
-    inside = int(histogram[last]) - (int(histogram[first - 1]) if first else 0)
-    keys = [_COARSE // 2 - 1 - last, _COARSE // 2 - first]  # lower end of the last bin, upper end of the first
-    # Copies of too many scores would cost more memory than they save time; and the outermost bins end beyond infinity.
-    if inside > seen / 50 or not -(0x7F800000 >> 18) < keys[0] < keys[1] < 0x7F800000 >> 18:
-        return None
-    low, high = (_value(key << 18, torch.float32) for key in keys)
-    return low, high
-
-
-def _in_threads(work: Callable, chunks: Iterable) -> Iterator:
-    """`work` of each chunk, in order, on as many threads as torch uses: numpy lets go of the interpreter's lock."""
-    if torch.get_num_threads() == 1:
-        yield from map(work, chunks)
-        return
-    with ThreadPoolExecutor(torch.get_num_threads()) as pool:
-        yield from pool.map(work, chunks)
+        if len(where):  # positions ascend, so that those of one byte are neighbours
+            bytes_, bits = where >> 3, (1 << (where & 7)).astype("uint8")
+            starts = numpy.flatnonzero(numpy.diff(bytes_, prepend=-1))
+            mask.numpy()[bytes_[starts]] |= numpy.bitwise_or.reduceat(bits, starts)
+    return found.masks
 
 
 def _constant(part: Tensor, kept: bool) -> Tensor:
@@ -271,20 +180,10 @@ def _constant(part: Tensor, kept: bool) -> Tensor:
 def _packed(part: Tensor, cut: Cut, ties: int) -> Tensor:
     flat = part.reshape(-1)
     packed = torch.empty(bytes_for(flat.numel()), dtype=torch.uint8, device=flat.device)
-
-    def compare(begin: int) -> None:
-        mask = flat[begin : begin + _CHUNK] >= cut.value
-        pack_into(packed[begin // 8 : begin // 8 + bytes_for(mask.numel())], mask)
-
-    if cut.ties == cut.level:
-        begins = range(0, flat.numel(), _CHUNK)
-        for _ in _in_threads(compare, begins) if flat.device.type == "cpu" else map(compare, begins):
-            pass
-        return packed
     for begin in range(0, flat.numel(), _CHUNK):
         chunk = flat[begin : begin + _CHUNK]
-        mask = chunk > cut.value
-        if ties:
+        mask = chunk >= cut.value if cut.ties == cut.level else chunk > cut.value
+        if ties and cut.ties < cut.level:
             equal = (chunk == cut.value).nonzero().squeeze(1)[:ties]
             mask[equal] = True
             ties -= equal.numel()

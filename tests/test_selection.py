@@ -3,7 +3,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mama_trl import MamaError, selection
+from mama_trl import MamaError, bracket, selection
 from mama_trl.bits import unpack_bits
 
 VALUES = st.sampled_from([0.0, -0.0, 1.0, -1.0, 0.5, 1e-42, -1e-42, 3.0e38, float("-inf"), 1 / 3])
@@ -34,8 +34,11 @@ def test_masks_over_several_parts_equal_a_stable_sort(values, data, dtype):
 
 
 @settings(max_examples=30, deadline=None)
-@given(st.integers(0, 2**32), st.sampled_from(["normal", "positive", "rounded", "equal", "bf16"]), st.floats(0, 1))
-def test_the_sampled_bracket_changes_nothing(seed, kind, share):
+@given(
+    st.integers(0, 2**32), st.sampled_from(["normal", "positive", "rounded", "equal", "bf16"]), st.floats(0, 1),
+    st.sampled_from([64, 1 << 19]),
+)
+def test_the_sampled_bracket_changes_nothing(seed, kind, share, chunk):
     generator = torch.Generator().manual_seed(seed)
     parts = [torch.randn(size, generator=generator) for size in (30_000, 0, 17, 45_001)]
     if kind == "positive":
@@ -49,8 +52,9 @@ def test_the_sampled_bracket_changes_nothing(seed, kind, share):
     keep = round(share * sum(len(part) for part in parts))
     plain = selection.packed_masks(parts, keep)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(selection, "_SAMPLED_FROM", 1000)
-        patch.setattr(selection, "_STRIDE", 3)
+        patch.setattr(selection, "SAMPLED_FROM", 1000)
+        patch.setattr(bracket, "_STRIDE", 3)
+        patch.setattr(bracket, "_CHUNK", chunk)
         bracketed = selection.packed_masks(parts, keep)
     assert all(torch.equal(a, b) for a, b in zip(plain, bracketed))
 
@@ -72,7 +76,7 @@ def test_row_mask_equals_a_stable_sort_of_each_row(rows, columns, data):
 
 @pytest.mark.parametrize("size", [100, 1 << 12])
 def test_nan_scores_are_refused(size, monkeypatch):
-    monkeypatch.setattr(selection, "_SAMPLED_FROM", 1000)
+    monkeypatch.setattr(selection, "SAMPLED_FROM", 1000)
     scores = torch.rand(size)
     scores[size // 2] = float("nan")
     with pytest.raises(MamaError, match="NaN"):

@@ -48,7 +48,7 @@ def segments(stages: list[Stage]) -> list[list[Stage]]:
 
 @contextmanager
 def silenced(whole: nn.Module) -> Iterator[None]:
-    """`whole` costs nothing and returns zeros: given the residual stream behind it, its block computes only the rest."""
+    """`whole` returns zeros at no cost: given the residual stream behind it, its block computes only the rest."""
     own = {key: value for key, value in vars(whole).items() if key == "forward"}  # what another library put there
 
     def nothing(*args, **kwargs):
