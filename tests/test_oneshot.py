@@ -4,15 +4,16 @@ import torch
 from mama_trl.calibration import Gram
 from mama_trl.errors import MamaError
 from mama_trl.evaluation import perplexity
-from mama_trl.oneshot import METHODS, prune
+from mama_trl.oneshot import METHODS, plan, prune, stages
 from mama_trl.oneshot.alps import alps, next_penalty
 from mama_trl.oneshot.exchange import exchange, objective
 from mama_trl.oneshot.factors import factors, weights_and_biases
 from mama_trl.oneshot.magnitude import magnitude
 from mama_trl.oneshot.mama import mama
+from mama_trl.oneshot.plan import OUTPUT
 from mama_trl.oneshot.sensitivity import default_blend, sensitivities, sensitivity_budget
 from mama_trl.oneshot.sparsegpt import BLOCK, sparsegpt
-from mama_trl.oneshot.stages import OUTPUT, Goal, staged
+from mama_trl.oneshot.stages import Goal, staged
 from mama_trl.oneshot.wanda import wanda
 from mama_trl.redistribution import bias_shift, layer_error, least_squares, mean, unit_diagonal
 from mama_trl.selection import kept_count
@@ -243,6 +244,30 @@ def test_writers_to_the_residual_stream_are_found(make_model, rows, architecture
     for name in writers:
         assert sum(module.endswith(name) for module in found) == 2, name
     assert len(found) == len(targets)  # in these architectures every layer has a goal
+
+
+@pytest.mark.parametrize("architecture, startable", [
+    ("llama", True), ("qwen3", True), ("mixtral", True), ("opt", False), ("gpt2", False), ("gpt_neox", False),
+])
+def test_starting_a_block_behind_its_attention_changes_nothing(
+    make_model, rows, monkeypatch, architecture, startable
+):
+    """The streams move through a block in two halves where they can; in one piece the result is the same."""
+    halves, piece = make_model(architecture).eval(), make_model(architecture).eval()
+    cut = []
+    original = stages.segments
+    monkeypatch.setattr(stages, "segments", lambda found: cut.append(len(original(found))) or original(found))
+    ours = prune(halves, rows[:8], sparsity=0.6, batch_size=3, progress=False)
+    assert set(cut) == {2 if startable else 1}
+    monkeypatch.setattr(plan, "_startable", lambda *_: None)
+    theirs = prune(piece, rows[:8], sparsity=0.6, batch_size=3, progress=False)
+    assert cut[-1] == 1
+    for name in ours.names:
+        differ = (ours.mask(name) != theirs.mask(name)).float().mean()
+        assert differ < 0.01, name
+    for a, b in zip(halves.parameters(), piece.parameters()):
+        assert (a - b).norm() <= 0.02 * b.norm() + 1e-6
+    assert all("forward" not in vars(module) for module in halves.modules())
 
 
 def test_goal_of_inputs_by_hand():

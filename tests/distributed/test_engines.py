@@ -150,6 +150,22 @@ def test_conv1d_under_zero3(tmp_path):
         assert different <= (0 if way != "least_squares" else 0.03 * sum(map(len, a.values())))
 
 
+@pytest.mark.parametrize("engine", ["zero3", "fsdp2"])
+def test_a_mask_update_holds_one_block_at_a_time(engine, tmp_path, monkeypatch):
+    """Beyond its shards: the gathered block, and what solving its widest stage takes; not more with more blocks."""
+    for name, value in (("MMAP_THRESHOLD", 65536), ("TRIM_THRESHOLD", 65536), ("ARENA_MAX", 1)):
+        monkeypatch.setenv(f"MALLOC_{name}_", str(value))  # freed memory leaves the process at once
+    extra = {}
+    for blocks in (6, 18):
+        results = launch.run(tmp_path / str(blocks), engine, 2, module="memory_worker", blocks=blocks)
+        assert all(result["engine"] == engine and result["violations"] == 0 for result in results)
+        extra[blocks] = max(result["extra"] - result["masks"] for result in results)
+        block, model = results[0]["block"], results[0]["model"]
+        print(f"{engine} {blocks} blocks: {extra[blocks] / block:.2f} blocks extra, model {model / block:.1f} blocks")
+    assert extra[18] < extra[6] + 2 * block
+    assert extra[18] < 6 * block < model / 3
+
+
 def test_two_ranks_checkpoint_is_read_by_one(tmp_path):
     config = {"mask_schedule": "oneshot", "mask_start": 2}
     two = launch.run(tmp_path, "ddp", 2, config=config, args={**SAVING, "max_steps": 4})
