@@ -36,9 +36,8 @@ def main(options: dict) -> None:
     trainer = Trainer(model, args=args, train_dataset=data, callbacks=[mama])
     trainer.train()
     config = MamaConfig(sparsity=0.8, budget="uniform", redistribution="least_squares", indicators=["activation"])
-    update = Update(
-        mama._model, mama.targets, mama._shards, config, mama.trajectory, trainer.optimizer, rows[rank * 2 : rank * 2 + 2]
-    )
+    own = rows[rank * 2 : rank * 2 + 2]
+    update = Update(mama._model, mama.targets, mama._shards, config, mama.trajectory, trainer.optimizer, own)
     with torch.no_grad(), PeakMemory() as memory:
         masks = update_masks(update, 0.8)
     result = {
