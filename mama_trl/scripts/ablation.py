@@ -1,6 +1,5 @@
 """`mama ablation`: what each part of one-shot MAMA is worth."""
 
-
 from . import common
 
 LEVELS = "0.5,0.7,0.9"
@@ -15,13 +14,7 @@ each budget. Where a training run left statistics in MODEL/mama, the reward's in
 
 def make_parser():
     parser = common.CommandParser("ablation", DESCRIPTION)
-    parser.add_argument("model", metavar="MODEL", help="model folder or hub id")
-    parser.add_argument("--calibration", required=True, metavar="FILE", help="text to calibrate on")
-    parser.add_argument("--text", required=True, metavar="FILE", help="other, held-out text to measure on")
-    parser.add_argument("--output", required=True, metavar="DIR", help="folder for table and plot")
-    parser.add_argument("--levels", default=LEVELS, help=f"sparsities (default {LEVELS})")
-    parser.add_argument("--blocks", type=common.positive, metavar="N", help="only the first N blocks (default: all)")
-    parser.add_seeds()
+    parser.add_comparison(LEVELS)
     parser.add_measuring()
     return parser
 

@@ -38,8 +38,14 @@ class CommandParser(argparse.ArgumentParser):
         self.add_argument("--seed", type=int, default=0, help="draws the calibration blocks (default 0)")
         self.add_argument("--overwrite", action="store_true", help="replace files in a folder that holds something")
 
-    def add_seeds(self) -> None:
-        """The options of every command that compares over several draws of calibration tokens."""
+    def add_comparison(self, levels: str) -> None:
+        """What every command takes that compares perplexities over levels and several draws of calibration tokens."""
+        self.add_argument("model", metavar="MODEL", help="model folder or hub id")
+        self.add_argument("--calibration", required=True, metavar="FILE", help="text to calibrate on")
+        self.add_argument("--text", required=True, metavar="FILE", help="other, held-out text to measure on")
+        self.add_argument("--output", required=True, metavar="DIR", help="folder for table and plot")
+        self.add_argument("--levels", default=levels, help=f"sparsities (default {levels})")
+        self.add_argument("--blocks", type=positive, metavar="N", help="only the first N blocks (default: all)")
         self.add_argument("--calibration_tokens", type=positive, default=32768, help="tokens drawn (default 32768)")
         self.add_argument("--seeds", default="0", help="draws of the calibration blocks, such as 0,1,2 (default 0)")
         self.add_argument("--overwrite", action="store_true", help="replace files in a folder that holds something")

@@ -13,18 +13,12 @@ CSV and JSON (every trial, and means and deviations over the seeds) and a plot."
 
 def make_parser():
     parser = common.CommandParser("levels", DESCRIPTION)
-    parser.add_argument("model", metavar="MODEL", help="model folder or hub id")
-    parser.add_argument("--calibration", required=True, metavar="FILE", help="text to calibrate on")
-    parser.add_argument("--text", required=True, metavar="FILE", help="other, held-out text to measure on")
-    parser.add_argument("--output", required=True, metavar="DIR", help="folder for table and plot")
-    parser.add_argument("--levels", default=LEVELS, help=f"sparsities (default {LEVELS})")
+    parser.add_comparison(LEVELS)
     parser.add_argument(
         "--methods", default="magnitude,wanda,sparsegpt,alps,mama",
         help="methods (default magnitude,wanda,sparsegpt,alps,mama)",
     )
     parser.add_argument("--pattern", default="unstructured", help="unstructured (default), or N:M (sets the level)")
-    parser.add_argument("--blocks", type=common.positive, metavar="N", help="only the first N blocks (default: all)")
-    parser.add_seeds()
     parser.add_measuring()
     return parser
 
