@@ -22,6 +22,7 @@ def deepspeed_config(engine: str) -> dict:
         config["zero_optimization"]["stage3_param_persistence_threshold"] = 0
     if "offload" not in engine:
         config["zero_force_ds_cpu_optimizer"] = False
+    config["zero_optimization"].update(json.loads(os.environ.get("MAMA_TEST_ZERO", "{}")))
     config["bf16"] = {"enabled": "auto"}
     return config
 
