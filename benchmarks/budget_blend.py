@@ -51,9 +51,10 @@ def main() -> None:
     ])
     options.add_argument("--text", metavar="FILE", default=str(DATA / "tinystories" / "train.jsonl"))
     args = options.parse_args()
-    levels = LEVELS[::3] if args.quick else LEVELS
+    levels = (0.5, 0.9) if args.quick else LEVELS
     text = read_text(args.text)
-    rows = [row for folder in args.model for row in excesses(folder, text, levels, BLENDS, args.seed)]
+    folders = args.model[:1] if args.quick else args.model
+    rows = [row for folder in folders for row in excesses(folder, text, levels, BLENDS, args.seed)]
     summary = {}
     for level in levels:
         own = [row for row in rows if row["sparsity"] == level]

@@ -14,7 +14,7 @@ import os
 import sys
 import time
 
-from benchmarks.common import PeakMemory, child, parser, report
+from benchmarks.common import PeakMemory, child, count_bytes, parser, report
 
 METHODS = ("ours", "torch.topk", "torch.kthvalue", "torch.sort", "numpy.partition")
 
@@ -81,15 +81,7 @@ def measure_wire(task: dict) -> dict:
     from mama_trl.selection import packed_masks
 
     dist.init_process_group("gloo")
-    sent = []
-    for name, position in (("all_reduce", 0), ("all_gather", 1)):
-        original = getattr(dist, name)
-
-        def counted(*args, original=original, position=position, **kwargs):
-            sent.append(args[position].numel() * args[position].element_size())
-            return original(*args, **kwargs)
-
-        setattr(dist, name, counted)
+    sent = count_bytes()
     own = scores_for(task["size"], task["seed"]).chunk(2)[dist.get_rank()]
     began = time.perf_counter()
     packed = packed_masks([own], task["size"] // 10, ranks.everyone())[0]

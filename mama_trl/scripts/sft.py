@@ -38,7 +38,4 @@ def main(config, script_args, training_args, model_args, dataset_args) -> None:
 def run(argv: list[str]) -> int:
     from . import training
 
-    parsed = training.parse(make_parser(), argv)
-    if parsed is not None:
-        main(*parsed)
-    return 0
+    return training.run(make_parser(), main, argv)

@@ -9,7 +9,7 @@ import sys
 from dataclasses import dataclass, field
 from importlib.resources import files
 from pathlib import Path
-from typing import Optional
+from typing import Callable, Optional
 
 import yaml
 from transformers.trainer_utils import get_last_checkpoint
@@ -147,6 +147,14 @@ def parse(parser: TrainingParser, argv: list[str]) -> Optional[tuple]:
     except (ValueError, TypeError, ImportError) as error:
         raise MamaError(first_line(error)) from None
     return parsed
+
+
+def run(parser: TrainingParser, main: Callable, argv: list[str]) -> int:
+    """A training command: `main` with the parsed dataclasses, unless `parse` handed the command to a launcher."""
+    parsed = parse(parser, argv)
+    if parsed is not None:
+        main(*parsed)
+    return 0
 
 
 def read_recipe(argv: list[str]) -> dict:

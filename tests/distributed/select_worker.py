@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 from torch import distributed as dist
 
+from benchmarks.common import count_bytes
 from mama_trl import bits, ranks, selection
 from mama_trl.masks import MaskSet
 from mama_trl.shards import Shard
@@ -67,20 +68,6 @@ def main(options: dict) -> None:
     selection.packed_masks([wide], 20_000 * world, group)
     with open(folder / f"rank{rank}.json", "w") as file:
         json.dump({"found": found, "bytes": sum(sent)}, file)
-
-
-def count_bytes() -> list[int]:
-    """Sizes of what this rank hands to all_reduce and all_gather."""
-    sent = []
-    for name, position in (("all_reduce", 0), ("all_gather", 1)):
-        original = getattr(dist, name)
-
-        def counted(*args, original=original, position=position, **kwargs):
-            sent.append(args[position].numel() * args[position].element_size())
-            return original(*args, **kwargs)
-
-        setattr(dist, name, counted)
-    return sent
 
 
 if __name__ == "__main__":
