@@ -144,11 +144,12 @@ class MamaConfig:
         check_choice(self.budget, BUDGETS, "budget")
         check_choice(self.mask_schedule, SCHEDULES, "mask_schedule")
         check_choice(self.redistribution, REDISTRIBUTIONS, "redistribution")
-        if self.scope != "matrix" and self.sparsity > 0:
+        if self.scope == "global" and self.sparsity > 0:
             if self.redistribution != "none" or "activation" in indicators:
                 raise MamaError(
-                    f"`scope` is {self.scope!r}, which cannot use activations or redistribution yet: set "
-                    "`redistribution` to none and leave activation out of `indicators`, or use scope matrix."
+                    "`scope` is 'global', which needs all scores at once, while activations and redistribution go "
+                    "block by block: set `redistribution` to none and leave activation out of `indicators`, or use "
+                    "scope matrix with budget sensitivity, which shares the sparsity among the matrices too."
                 )
         for name in self.statistics:
             check_choice(name, STATISTICS, "statistics")

@@ -135,6 +135,7 @@ def update_masks(update: Update, sparsity: float) -> MaskSet:
             importance=_Factors(update, weights) if set(weights) != {"activation"} else None,
             targets=update.targets,
             progress=False,
+            scope=config.scope,
             placement=Spread(update.model, update.shards, ranks.everyone()),
         )
     else:

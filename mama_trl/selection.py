@@ -345,9 +345,13 @@ def _stretches(scores: Tensor, stretch: int, n: int, m: int) -> Tensor:
     return _best_of_groups(groups, n).transpose(1, 2).reshape(-1)
 
 
-def matrix_mask(scores: Tensor, sparsity: float, group: tuple[int, int] | None = None) -> Tensor:
-    """Mask of one matrix (out, in): the exact count over the whole matrix, or the N:M `group`."""
-    return nm_mask(scores, *group) if group else keep_mask(scores, kept_count(scores.numel(), sparsity))
+def matrix_mask(
+    scores: Tensor, sparsity: float, group: tuple[int, int] | None = None, by_row: bool = False
+) -> Tensor:
+    """Mask of one matrix (out, in): the exact count over the whole matrix or in each output row, or the N:M `group`."""
+    if group:
+        return nm_mask(scores, *group)
+    return row_mask(scores, sparsity) if by_row else keep_mask(scores, kept_count(scores.numel(), sparsity))
 
 
 # ---------------------------------------------------------------------- one budget for all matrices

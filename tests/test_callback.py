@@ -64,6 +64,8 @@ def test_pruned_weights_are_zero_after_every_step(make_model, rows, tmp_path, ar
     [
         {"indicators": ["magnitude"], "redistribution": "none", "scope": "row"},
         {"indicators": ["magnitude", "sensitivity=0.5"], "redistribution": "none", "scope": "global"},
+        {"scope": "row"},
+        {"scope": "row", "redistribution": "mean", "indicators": ["activation", "sensitivity=0.5"]},
         {"indicators": ["curvature"], "redistribution": "none", "budget": "curvature"},
         {"indicators": ["movement"], "redistribution": "none", "statistics": ["movement"], "budget": "uniform"},
         {"indicators": ["activation", "sensitivity"], "redistribution": "bias"},
@@ -74,6 +76,14 @@ def test_indicators_scopes_and_patterns(make_model, rows, tmp_path, changes):
     config = MamaConfig(**{"sparsity": 0.5, "mask_start": 3, **changes})
     _, mama, check = train(make_model("llama"), rows, tmp_path, config)
     assert check.violations == 0 and mama.sparsity == pytest.approx(0.5, abs=0.02)
+    if changes.get("scope") == "row":
+        for name in mama.masks.names:
+            assert len(mama.masks.mask(name).sum(1).unique()) == 1, name
+
+
+def test_global_scope_with_redistribution_is_refused():
+    with pytest.raises(MamaError, match="`scope` is 'global'.*set `redistribution` to none.*budget sensitivity"):
+        MamaConfig(sparsity=0.5, scope="global")
 
 
 def test_statistics_by_hand(make_model, rows, tmp_path):

@@ -16,7 +16,7 @@ from mama_trl.oneshot.sparsegpt import BLOCK, sparsegpt
 from mama_trl.oneshot.stages import Goal, staged
 from mama_trl.oneshot.wanda import wanda
 from mama_trl.redistribution import bias_shift, layer_error, least_squares, mean, unit_diagonal
-from mama_trl.selection import kept_count
+from mama_trl.selection import kept_count, row_mask
 from mama_trl.targets import find_targets
 
 
@@ -202,6 +202,15 @@ def test_exchange_never_raises_the_error_and_keeps_the_pattern():
         assert objective(gram, goal, new).sum() < objective(gram, goal, values).sum()
         if group:
             assert torch.all(better.view(20, 8, 4).sum(-1) == 2)
+
+
+def test_every_row_keeps_the_same_number_where_rows_compete():
+    weight, samples = layer(outputs=12, inputs=32, tokens=400)
+    gram = samples.T @ samples
+    new, mask = mama(weight, gram, 0.75, by_row=True)
+    assert mask.sum(1).tolist() == [8] * 12 and torch.all(new[~mask] == 0)
+    row_wise = weight * row_mask(weight.abs() * gram.diagonal().sqrt(), 0.75)
+    assert layer_error(weight, new, gram).sum() < layer_error(weight, row_wise, gram).sum()
 
 
 def test_goals_let_a_layer_repair_what_its_inputs_lack():

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ..redistribution import conjugate_gradients
-from ..selection import keep_mask, nm_mask
+from ..selection import matrix_mask
 
 ROUNDS = 3
 REFIT = 6
@@ -24,7 +24,12 @@ def objective(matrix: Tensor, goal: Tensor, values: Tensor) -> Tensor:
 
 
 def exchange(
-    matrix: Tensor, goal: Tensor, values: Tensor, mask: Tensor, group: Optional[tuple[int, int]] = None
+    matrix: Tensor,
+    goal: Tensor,
+    values: Tensor,
+    mask: Tensor,
+    group: Optional[tuple[int, int]] = None,
+    by_row: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Better support with the same count, and its refitted values.
 
@@ -34,16 +39,17 @@ def exchange(
         values: kept values near their optimum on `mask`, (out, in).
         mask: bool (out, in).
         group: (N, M), kept within each group; None = the count of the whole matrix.
+        by_row: the count of each row stays, which is the same in all.
 
     Returns:
         (values, mask); the error is never higher than before.
     """
-    keep = int(mask.sum())
+    sparsity = 1.0 - int(mask.sum()) / mask.numel()
     error = objective(matrix, goal, values).sum()
     for _ in range(ROUNDS):
         residual = goal - values @ matrix
         score = torch.where(mask, values.abs(), residual.abs())
-        new = nm_mask(score, *group) if group else keep_mask(score, keep)
+        new = matrix_mask(score, sparsity, group, by_row)
         start = torch.where(mask, values, residual) * new
         fitted = conjugate_gradients(matrix, goal, new, start, REFIT)
         better = objective(matrix, goal, fitted).sum()

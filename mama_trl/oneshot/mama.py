@@ -34,6 +34,7 @@ def mama(
     penalty: float = 1.0,
     cross: Optional[Tensor] = None,
     exchanges: bool = True,
+    by_row: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Mask and least-squares redistribution together.
 
@@ -47,6 +48,7 @@ def mama(
         cross: Yᵀ X, fp32 (out, in) of the wanted outputs; None = the outputs of `weight`.
         exchanges: whether the mask may still be improved after ADMM; only where `importance` is None, since exchanges
             know nothing but the layer's error.
+        by_row: the same number kept in each output row, instead of where the matrix needs them.
 
     Returns:
         (new weight (out, in), bool mask (out, in)).
@@ -61,10 +63,10 @@ def mama(
         ramp = 1.0 - (1.0 - min(iteration / RAMP, 1.0)) ** 3
         wish = current + dual
         score = wish.abs() if importance is None else wish.abs() * importance
-        if iteration < ITERATIONS and group is None:
+        if iteration < ITERATIONS and group is None and not by_row:
             mask = _roughly(score, kept_count(score.numel(), sparsity * ramp))
         else:
-            mask = matrix_mask(score, sparsity, group)
+            mask = matrix_mask(score, sparsity * ramp if by_row else sparsity, group, by_row)
         sparse = wish * mask
         dual = wish - sparse
         if iteration < ITERATIONS:
@@ -73,7 +75,7 @@ def mama(
     goal = normal_equations(weight, scaled, scale, REFIT_DAMPING, cross)
     sparse = conjugate_gradients(scaled, goal, mask, sparse, REFIT)
     if exchanges and importance is None:
-        sparse, mask = exchange(scaled, goal, sparse, mask, group)
+        sparse, mask = exchange(scaled, goal, sparse, mask, group, by_row)
     return sparse / scale * mask, mask
 
 

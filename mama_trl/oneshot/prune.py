@@ -29,6 +29,7 @@ logger = logging.getLogger(__name__)
 FEWEST_TOKENS = 64
 TOKENS_PER_INPUT = 16
 BUDGETS = ("uniform", "sensitivity")
+SCOPES = ("matrix", "row")
 METHODS = ("magnitude", "wanda", "sparsegpt", "alps", "mama")
 
 
@@ -50,6 +51,7 @@ def prune(
     activation_power: float = 1.0,
     dense_goals: bool = True,
     exchanges: bool = True,
+    scope: str = "matrix",
     placement: Optional[Local] = None,
 ) -> MaskSet:
     """Prunes `model` in place and returns its masks.
@@ -76,6 +78,7 @@ def prune(
         dense_goals: for `mama` with least_squares: each layer aims at the dense model's outputs; False = at what its
             dense weight makes of the inputs it gets, as other methods do.
         exchanges: for `mama` with least_squares: exchange kept for pruned connections while that lowers the error.
+        scope: for `mama`: where connections compete, within a `matrix` or within each output `row`.
         placement: where the matrices lie; default in this process alone.
 
     Raises:
@@ -84,6 +87,7 @@ def prune(
     budget = check_choice(budget or ("sensitivity" if method == "mama" else "uniform"), BUDGETS, "budget")
     check_choice(method, METHODS, "method")
     check_choice(redistribution, REDISTRIBUTIONS, "redistribution")
+    check_choice(scope, SCOPES, "scope")
     check_sparsity(sparsity)
     group = parse_pattern(pattern)
     targets = targets if targets is not None else find_targets(model, experts=True)
@@ -114,7 +118,8 @@ def prune(
             factors = norm.pow(activation_power - 1.0) * (1.0 if factors is None else factors)
             factors = factors.expand(target.shape)
         goal = goal if dense_goals else None
-        return Solved(*solve_mama(weight, bias, gram, goal, share, group, redistribution, factors, exchanges))
+        by_row = scope == "row"
+        return Solved(*solve_mama(weight, bias, gram, goal, share, group, redistribution, factors, exchanges, by_row))
 
     def note_rare(target: Target, gram: Gram) -> None:
         if gram.tokens < min(FEWEST_TOKENS, calibration.numel()):
@@ -194,6 +199,7 @@ def solve_mama(
     redistribution: str,
     importance: Optional[Tensor] = None,
     exchanges: bool = True,
+    by_row: bool = False,
 ) -> tuple[Tensor, Tensor, Optional[Tensor]]:
     """One matrix by MAMA; a pure function of tensors.
 
@@ -208,18 +214,19 @@ def solve_mama(
     """
     if redistribution != "least_squares":
         score = weight.abs() * gram.norm
-        mask = matrix_mask(score if importance is None else score * importance, sparsity, group)
+        mask = matrix_mask(score if importance is None else score * importance, sparsity, group, by_row)
         new = move.mean(weight, mask) if redistribution == "mean" else weight * mask
         if redistribution == "bias" and bias is not None:
             return new, mask, bias + move.bias_shift(weight, new, gram.mean)
         return new, mask, None
+    how = {"exchanges": exchanges, "by_row": by_row}
     cross = None if goal is None else goal.cross
     if bias is None:
-        new, mask = mama(weight, gram.gram, sparsity, group, importance, cross=cross, exchanges=exchanges)
+        new, mask = mama(weight, gram.gram, sparsity, group, importance, cross=cross, **how)
         return new, mask, None
     # A bias takes up the mean for free, so only the deviations from it are left to fit.
     wanted = weight @ gram.mean + bias if goal is None else goal.total / max(gram.tokens, 1)
     if cross is not None:
         cross = cross - wanted.outer(gram.total)
-    new, mask = mama(weight, gram.centred, sparsity, group, importance, cross=cross, exchanges=exchanges)
+    new, mask = mama(weight, gram.centred, sparsity, group, importance, cross=cross, **how)
     return new, mask, wanted - new @ gram.mean

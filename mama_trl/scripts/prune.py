@@ -32,6 +32,10 @@ def make_parser():
         "--pattern", default="unstructured", help="unstructured (default), N:M such as 2:4, or whole: neurons, heads"
     )
     parser.add_argument(
+        "--scope", default="matrix",
+        help="for mama: where connections compete, within a matrix (default) or each output row",
+    )
+    parser.add_argument(
         "--calibration", metavar="FILE",
         help="text to measure activations on: .txt, .jsonl with `text`, or a datasets name; only magnitude needs none",
     )
@@ -44,12 +48,13 @@ def main(args) -> None:
     from ..config import check_choice, check_sparsity, parse_pattern
     from ..errors import MamaError
     from ..masks import MaskSet
-    from ..oneshot import BUDGETS, METHODS, STRUCTURE_METHODS, STRUCTURES, prune, prune_structures
+    from ..oneshot import BUDGETS, METHODS, SCOPES, STRUCTURE_METHODS, STRUCTURES, prune, prune_structures
     from ..oneshot.resume import Unfinished
 
     check_sparsity(args.sparsity)
     whole = args.pattern in STRUCTURES
     check_choice(args.method, STRUCTURE_METHODS if whole else METHODS, "method")
+    check_choice(args.scope, SCOPES, "scope")
     if args.budget is not None:
         check_choice(args.budget, BUDGETS, "budget")
     if not whole:
@@ -86,7 +91,7 @@ def main(args) -> None:
         return
     masks = prune(
         model, rows, args.method, args.sparsity, args.pattern, batch_size=args.batch_size,
-        unfinished=None if rows is None else unfinished, budget=args.budget,
+        unfinished=None if rows is None else unfinished, budget=args.budget, scope=args.scope,
     )
     _save(model, tokenizer, output)
     masks.save(output)

@@ -33,6 +33,7 @@ WAYS = {
     "2:4": dict(indicators=["magnitude"], redistribution="none", pattern="2:4"),
     "bias": dict(indicators=["activation"], redistribution="bias"),
     "least_squares": dict(indicators=["activation"], redistribution="least_squares", budget="uniform"),
+    "row, least_squares": dict(indicators=["activation"], scope="row", budget="uniform"),
     "mixed": dict(indicators=["activation", "sensitivity=0.5"], redistribution="none"),
 }
 
