@@ -13,7 +13,8 @@ from tests.distributed import launch
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
 SAME_SCORES = ("matrix", "budget", "row", "global", "2:4")  # computed from what all runs read from one file
-ROUNDED = ("curvature", "bias", "least_squares", "row, least_squares", "mixed")  # from the engine's own optimizer state or forward pass
+# From the engine's own optimizer state or forward pass.
+ROUNDED = ("curvature", "bias", "least_squares", "row, least_squares", "mixed")
 # Without calibration a rounding difference moves single connections; least squares would spread it over the matrix.
 PLAIN = {"indicators": ["magnitude", "sensitivity=0.5"], "redistribution": "none"}
 SAVING = {"save_strategy": "steps", "save_steps": 2}
