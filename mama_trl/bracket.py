@@ -14,11 +14,9 @@ from torch import Tensor
 
 from . import ranks
 from .bits import bytes_for
-from .errors import MamaError
 from .keys import value_of
 
 SAMPLED_FROM = 1 << 21  # scores below which bracketing saves nothing
-NAN_SCORE = "a score is NaN, so no mask is computed: look for NaN in the weights and their statistics."
 _STRIDE = 127  # one line in so many is sampled; prime, so that it falls into step with no matrix
 _LINE = 16  # neighbours that are sampled together, since memory hands them out together
 _BINS = 1 << 12  # of the sample's histograms
@@ -33,7 +31,7 @@ def sampled_bracket(
 
     In numpy: torch's worker threads go on spinning for a while after each operation, just when `scan` needs the cores.
     """
-    lines = [part.reshape(-1)[: part.numel() // _LINE * _LINE].view(-1, _LINE)[::_STRIDE] for part in parts]
+    lines = [part[: part.numel() // _LINE * _LINE].view(-1, _LINE)[::_STRIDE] for part in parts]
     keys = _keys(numpy.concatenate([each.float().numpy() for each in lines]).reshape(-1))
     seen = int(ranks.total(torch.tensor(len(keys)), group))
     if not seen:
@@ -67,20 +65,21 @@ def _keys(scores: numpy.ndarray) -> numpy.ndarray:
 
 @dataclass
 class Scanned:
-    """What `scan` found, by part: `masks`, packed bits of what is not below the bracket; `positions` (numpy int64) and
-    `values` of the scores within it. `above` counts the set bits of all masks."""
+    """What `scan` found, by part: `masks`, packed bits of what is above the bracket; `positions` (numpy int64) and
+    `values` of the scores within it. `above` counts the set bits of all masks, `nans` the scores that are NaN."""
 
     masks: list[Tensor]
     positions: list[numpy.ndarray]
     values: list[Tensor]
     above: int
+    nans: int
 
 
 def scan(parts: list[Tensor], low: float, high: float) -> Scanned:
     """Compares all scores with both ends of [low, high) in one pass, on as many threads as torch uses.
 
-    Raises:
-        MamaError: a score is NaN.
+    Args:
+        parts: 1-D scores.
     """
     masks = [torch.empty(bytes_for(part.numel()), dtype=torch.uint8) for part in parts]
     places = [(number, begin) for number, part in enumerate(parts) for begin in range(0, part.numel(), _CHUNK)]
@@ -95,13 +94,14 @@ def scan(parts: list[Tensor], low: float, high: float) -> Scanned:
         found = [stripe(0), *(other.result() for other in others)]
     positions: list[list] = [[numpy.empty(0, "int64")] for _ in parts]
     values: list[list] = [[numpy.empty(0, "float32")] for _ in parts]
-    above = 0
+    above = nans = 0
     for number, count, where, inside in (one for results in found for one in results):
         above += count
+        nans += int(numpy.isnan(inside).sum())
         positions[number].append(where)
         values[number].append(inside)
     candidates = [torch.from_numpy(numpy.concatenate(each)).to(part.dtype) for each, part in zip(values, parts)]
-    return Scanned(masks, [numpy.concatenate(each) for each in positions], candidates, above)
+    return Scanned(masks, [numpy.concatenate(each) for each in positions], candidates, above, nans)
 
 
 def _scan_places(parts: list[Tensor], masks: list[Tensor], places: list[tuple[int, int]], low, high) -> list:
@@ -110,7 +110,7 @@ def _scan_places(parts: list[Tensor], masks: list[Tensor], places: list[tuple[in
     low, high = numpy.float32(low), numpy.float32(high)
     result = []
     for number, begin in places:
-        scores = parts[number].reshape(-1)[begin : begin + _CHUNK].float().numpy()
+        scores = parts[number][begin : begin + _CHUNK].float().numpy()
         size, padded = len(scores), -(-len(scores) // 8) * 8
         above[size:padded], below[size:padded] = False, True
         numpy.greater_equal(scores, high, out=above[:size])
@@ -124,8 +124,5 @@ def _scan_places(parts: list[Tensor], masks: list[Tensor], places: list[tuple[in
         bytes_ = numpy.flatnonzero(outside != 255)
         flags = numpy.flatnonzero(numpy.unpackbits(~outside[bytes_], bitorder="little").view(bool))
         inside = bytes_[flags >> 3] * 8 + (flags & 7)
-        values = scores[inside]
-        if numpy.isnan(values).any():
-            raise MamaError(NAN_SCORE)
-        result.append((number, int(numpy.count_nonzero(above[:padded])), inside + begin, values))
+        result.append((number, int(numpy.count_nonzero(above[:padded])), inside + begin, scores[inside]))
     return result

@@ -14,6 +14,7 @@ from typing import Optional
 import torch
 from torch import Tensor, nn
 from transformers import TrainerCallback
+from transformers.trainer import TRAINER_STATE_NAME
 
 from . import ranks
 from .checkpoints import STATE_FILE, cut_off, is_whole
@@ -63,7 +64,7 @@ class MamaCallback(TrainerCallback):
         self.trajectory: Optional[Trajectory] = None
         self.targets: list[Target] = []
         self.schedule: Optional[Schedule] = None
-        self.engine = ""  # one of shards.ENGINES, known when training begins
+        self.engine = ""  # single, ddp, zero1, zero2, zero3 or fsdp2; known when training begins
         self._model: Optional[nn.Module] = None
         self._shards: dict[str, Shard] = {}
         self._unhook: list = []  # under DeepSpeed, whose steps the Trainer's events do not see
@@ -284,9 +285,8 @@ class MamaCallback(TrainerCallback):
             )
 
     def _watch_inputs(self, step: int) -> None:
-        """Captures inputs only in the steps before a mask update that will need them."""
-        upcoming = [s for s in range(step + 1, self.schedule.end + 1) if self.schedule.updates(s)]
-        wanted = self.calibration is None and bool(upcoming)
+        """Captures inputs only before a mask update that will need them."""
+        wanted = self.calibration is None and self.config.needs_calibration and step < self.schedule.last
         self._capture.start() if wanted else self._capture.stop()
 
     def _update(self, sparsity: float, optimizer) -> None:
@@ -315,10 +315,7 @@ class MamaCallback(TrainerCallback):
 
     def _forget_best_below_target(self, state) -> None:
         """`load_best_model_at_end` and early stopping must never prefer a checkpoint that is not sparse yet."""
-        if self.schedule is None or self.config.mask_schedule == "hold" or self.config.sparsity == 0:
-            return
-        last = self.schedule.start if self.schedule.kind == "oneshot" else self.schedule.end
-        if state.global_step < last:
+        if self.schedule is not None and state.global_step < self.schedule.last:
             state.best_metric = None
             state.best_model_checkpoint = None
             state.best_global_step = None
@@ -339,10 +336,21 @@ def fields_of(config: MamaConfig) -> dict:
 
 
 def _resumed_from(args, state) -> Path:
-    folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+    """The checkpoint that the Trainer resumed, which it tells nobody: the one that the arguments name, or the one in
+    the output folder, if its Trainer state is the one that was loaded. Raises `MamaError` if it is another run's."""
     given = args.resume_from_checkpoint
     if isinstance(given, str) and Path(given).is_dir():
         return Path(given)
+    folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+    try:
+        history = json.loads((folder / TRAINER_STATE_NAME).read_text(encoding="utf-8"))["log_history"]
+    except (OSError, ValueError, KeyError):
+        history = None
+    if json.dumps(history) != json.dumps(state.log_history):
+        raise MamaError(
+            f"the checkpoint that is resumed at step {state.global_step} is not {folder}, so its masks and statistics "
+            "cannot be found: set `resume_from_checkpoint` in the training arguments to its folder too."
+        )
     return folder
 
 

@@ -134,6 +134,11 @@ class MamaConfig:
         metadata={"help": "Take up masks and statistics saved beside the model by an earlier stage."},
     )
 
+    @property
+    def needs_calibration(self) -> bool:
+        """Whether a mask update reads inputs of the layers."""
+        return "activation" in parse_indicators(self.indicators) or self.redistribution != "none"
+
     def __post_init__(self):
         self.sparsity = check_sparsity(self.sparsity)
         group = parse_pattern(self.pattern)

@@ -90,10 +90,8 @@ class Spread(Local):
     def __init__(self, model: nn.Module, shards: dict[str, Shard], group: ranks.Group):
         super().__init__()
         self._model, self._shards, self._group = model, shards, group
-        first = next(iter(shards.values()))
         # ZeRO-1 and ZeRO-2 leave whole working weights on every rank, whose blocks run as they are.
-        self._sharded = first.group is not None and first.parameter.data.shape != first.shape
-        self._sharded = self._sharded or isinstance(model, FSDPModule)
+        self._sharded = not all(shard.gathered for shard in shards.values())
         self.may_stop = not self._sharded
         self._plain: Optional[nn.Module] = None
         self._packed: dict[str, Tensor] = {}

@@ -118,7 +118,7 @@ def update_masks(update: Update, sparsity: float) -> MaskSet:
     check_weights(update.owned)
     weights = parse_indicators(config.indicators)
     shares = layer_sparsities(update, sparsity)
-    if "activation" in weights or config.redistribution != "none":
+    if config.needs_calibration:
         if update.calibration is None or not len(update.calibration):
             raise MamaError(
                 "no calibration tokens have been seen before the first mask update: let `mask_start` be later, or set "
@@ -141,13 +141,18 @@ def update_masks(update: Update, sparsity: float) -> MaskSet:
     else:
         masks = _select(update, weights, sparsity, shares)
         masks.enforce()
-    check_agreement(masks, sparsity)
+    check_agreement(masks, [sparsity, shares, sorted(weights.items()), config.scope, config.redistribution])
     return masks
 
 
-def check_agreement(masks: MaskSet, sparsity: float) -> None:
-    """Raises `MamaError` on every rank if the ranks did not come to the same masks."""
-    facts = [sparsity, masks.pattern, sorted(masks.kept.items())]
+def check_agreement(masks: MaskSet, decided: list) -> None:
+    """Raises `MamaError` on every rank if the ranks did not come to the same masks, or not by the same rules.
+
+    Args:
+        decided: what the masks follow from beside the scores. Where ranks share a matrix, none has all of its mask, and
+            this is what could differ.
+    """
+    facts = [decided, masks.pattern, sorted(masks.kept.items())]
     if not masks.spread:
         facts.append(masks.digest())  # each rank holds all masks, and computed them itself
     digest = hashlib.sha256(repr(facts).encode()).hexdigest()

@@ -41,6 +41,13 @@ class Schedule:
             return False
         return step == self.end or (step - self.start) % self.interval == 0
 
+    @property
+    def last(self) -> int:
+        """The last step after which a mask is computed; 0 if there is none."""
+        if self.kind == "hold" or self.target == 0.0:
+            return 0
+        return self.start if self.kind == "oneshot" else self.end
+
     @classmethod
     def resolve(cls, kind: str, target: float, start: float, end: float, interval: int, total_steps: int):
         """Turns fractions of `total_steps` (values below 1) into steps, within [1, total_steps]."""

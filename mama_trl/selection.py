@@ -13,7 +13,7 @@ order and a rank's may be empty.
 """
 
 from dataclasses import dataclass
-from typing import Iterable, Iterator, Optional
+from typing import Callable, Iterable, Iterator, Optional
 
 import numpy
 import torch
@@ -21,10 +21,11 @@ from torch import Tensor
 
 from . import ranks
 from .bits import bytes_for, pack_into, unpack_bits
-from .bracket import NAN_SCORE, SAMPLED_FROM, sampled_bracket, scan
+from .bracket import SAMPLED_FROM, sampled_bracket, scan
 from .errors import MamaError
 from .keys import ordered_keys, value_of
 
+NAN_SCORE = "a score is NaN, so no mask is computed: look for NaN in the weights and their statistics."
 _BINS = 1 << 16
 _HALF = 1 << 15
 _CHUNK = 1 << 19  # scores handled at once: bounds the extra memory; a multiple of 8, so that chunks end on bytes
@@ -56,9 +57,9 @@ def find_cut(parts: list[Tensor], keep: int, group: ranks.Group = None) -> Cut:
     dtype, device = parts[0].dtype, parts[0].device
     wide = dtype not in (torch.bfloat16, torch.float16)
     shift = 16 if wide else 0
-    upper = ranks.total(_histogram(((ordered_keys(c) >> shift).add_(_HALF) for c in _chunks(parts)), device), group)
-    infinity = 0x7C00 if dtype == torch.float16 else 0x7F80
-    if upper[_HALF + infinity + 1 :].any():
+    numbers = ((ordered_keys(c) >> shift).add_(_HALF).masked_fill_(torch.isnan(c), _BINS - 1) for c in _chunks(parts))
+    upper = ranks.total(_histogram(numbers, device), group)
+    if upper[-1]:  # no number has this key
         raise MamaError(NAN_SCORE)
     high, rest, level = _bin_of(upper, keep)
     high -= _HALF
@@ -139,6 +140,7 @@ def packed_masks(parts: list[Tensor], keep: int, group: ranks.Group = None) -> l
         parts: this rank's scores, any shapes, one dtype and device; parts in the same order on every rank.
         keep: 0 to the number of scores on all ranks.
     """
+    parts = [part.reshape(-1) for part in parts]  # once: a transposed matrix is copied by that
     size = int(ranks.total(torch.tensor(sum(part.numel() for part in parts), device=parts[0].device), group))
     if keep <= 0 or keep >= size:
         return [_constant(part, keep >= size) for part in parts]
@@ -157,7 +159,10 @@ def _by_bracket(parts: list[Tensor], keep: int, size: int, group: ranks.Group) -
     if bracket is None:
         return None
     found = scan(parts, *bracket)
-    above, within = ranks.total(torch.tensor([found.above, sum(map(len, found.positions))]), group).tolist()
+    counts = torch.tensor([found.above, sum(map(len, found.positions)), found.nans])
+    above, within, nans = ranks.total(counts, group).tolist()  # so that a NaN stops all ranks, not only its own
+    if nans:
+        raise MamaError(NAN_SCORE)
     if not above < keep <= above + within:
         return None
     for mask, where, chosen in zip(found.masks, found.positions, packed_masks(found.values, keep - above, group)):
@@ -367,10 +372,40 @@ def exact_mean(scores: Tensor, numel: int, group: ranks.Group = None) -> float:
     if flat.numel():
         largest = flat.max().float()
     largest = ranks.gathered(largest, group).max()
+    if torch.isnan(largest):
+        raise MamaError(NAN_SCORE)
     steps = torch.zeros((), dtype=torch.int64, device=flat.device)
     for chunk in _chunks([flat]):
         steps += (chunk.float() / largest.clamp_min(1e-38) * (1 << 30)).to(torch.int64).sum()
     return float(ranks.total(steps, group)) / (1 << 30) / numel * float(largest)
+
+
+def _own_masks(parts: list[Tensor], keeps: list[int], group: ranks.Group) -> list[Tensor]:
+    """The `keeps[i]` largest of each matrix i over all ranks, as packed bits; 1-D non-negative scores.
+
+    All thresholds at once by bisection over the 31 bits of their keys: each round adds one count per matrix, where a
+    selection of its own would send a histogram for each.
+    """
+    keys = [ordered_keys(part) for part in parts]
+    wanted = torch.tensor(keeps, device=parts[0].device)
+    threshold = torch.zeros_like(wanted)
+
+    def counts(compare: Callable[[Tensor, Tensor], Tensor], edges: Tensor) -> Tensor:
+        zero = torch.zeros((), dtype=torch.int64, device=edges.device)
+        return torch.stack([
+            sum((torch.count_nonzero(compare(chunk, edge)) for chunk in _chunks([own])), zero)
+            for own, edge in zip(keys, edges.int())
+        ])
+
+    for bit in range(30, -1, -1):
+        candidate = threshold + (1 << bit)
+        threshold = torch.where(ranks.total(counts(torch.ge, candidate), group) >= wanted, candidate, threshold)
+    above = ranks.total(counts(torch.gt, threshold), group)
+    at = ranks.gathered(counts(torch.eq, threshold), group)  # (ranks, matrices)
+    before = (at.cumsum(0) - at)[ranks.rank(group)]
+    ties = (wanted - above - before).clamp_min(0).minimum(at[ranks.rank(group)])
+    rows = zip(parts, threshold.tolist(), ties.tolist(), at.sum(0).tolist(), (wanted - above).tolist())
+    return [_packed(part, Cut(value_of(key, part.dtype), needed, level), own) for part, key, own, level, needed in rows]
 
 
 def global_packed_masks(
@@ -388,12 +423,11 @@ def global_packed_masks(
     """
     keep = kept_count(sum(sizes), sparsity)
     floors = [int(floor * (1 - sparsity) * size) for size in sizes]
-    reserved = []
-    for part, size, least in zip(parts, sizes, floors):
+    for part, size in zip(parts, sizes):
         part.div_(max(exact_mean(part, size, group), 1e-30))
-        reserved.append(packed_masks([part], least, group)[0])
-        # What the floor holds is out of the race for the rest.
-        part.view(-1).masked_fill_(unpack_bits(reserved[-1], (part.numel(),)), float("-inf"))
+    reserved = _own_masks([part.view(-1) for part in parts], floors, group)
+    for part, held in zip(parts, reserved):  # what the floor holds is out of the race for the rest
+        part.view(-1).masked_fill_(unpack_bits(held, (part.numel(),)), float("-inf"))
     rest = packed_masks(parts, keep - sum(floors), group)
     return [first | second for first, second in zip(reserved, rest)]
 

@@ -27,8 +27,6 @@ from torch.distributed.tensor._utils import compute_local_shape_and_global_offse
 from . import ranks
 from .errors import MamaError
 
-ENGINES = ("single", "ddp", "zero1", "zero2", "zero3", "fsdp2")
-
 
 @dataclass(eq=False)
 class Shard:
@@ -40,6 +38,7 @@ class Shard:
 
     name: str
     parameter: nn.Parameter
+    gathered = True  # whether the working weights are whole on this rank, so that a module runs without the others
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -111,6 +110,8 @@ class Shard:
 
 class TensorShard(Shard):
     """FSDP2: a DTensor split along its first dimension over one mesh dimension."""
+
+    gathered = False
 
     @property
     def _extent(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
@@ -200,7 +201,10 @@ class FragmentShard(Shard):
 
 
 class PartitionShard(Shard):
-    """ZeRO-3: rank r owns the r-th slice of the padded flat parameter."""
+    """ZeRO-3: rank r owns the r-th slice of the padded flat parameter. A frozen one has no fp32 master: its working
+    partition stands for it."""
+
+    gathered = False
 
     @property
     def _engine(self):
@@ -229,11 +233,19 @@ class PartitionShard(Shard):
         return self._engine.fp32_partitioned_groups_flat[self._place[0]]
 
     @property
+    def _partition(self) -> Tensor:
+        return self.parameter.ds_tensor.data.view(-1)[: self.length]
+
+    @property
     def master(self) -> Tensor:
+        if not self.parameter.requires_grad:
+            return self._partition
         return self._flat.data.narrow(0, self._place[1], self.length)
 
     @property
     def gradient(self) -> Optional[Tensor]:
+        if not self.parameter.requires_grad:
+            return None
         gradient = self._engine.get_local_fp32_grad_for_param(self.parameter)
         return None if gradient is None else gradient.reshape(-1)[: self.length].to(self.master.device)
 
@@ -247,9 +259,8 @@ class PartitionShard(Shard):
 
     @property
     def working_copies(self) -> list[Tensor]:
-        partition = self.parameter.ds_tensor.data.view(-1)[: self.length]
         gathered = self.parameter.data.numel() == self.numel  # at the moment, or small enough to stay so
-        return [partition, self.parameter.data.view(-1)] if gathered else [partition]
+        return [self._partition, self.parameter.data.view(-1)] if gathered else [self._partition]
 
     def write(self, whole: Tensor) -> None:
         super().write(whole)
@@ -299,7 +310,10 @@ def unwrap(model: nn.Module) -> nn.Module:
 
 
 def engine_of(model: nn.Module) -> str:
-    """One of `ENGINES`, by what the parameters really are. Raises `MamaError` for an engine without a view."""
+    """single, ddp, zero1, zero2, zero3 or fsdp2, by what the parameters really are.
+
+    Raises `MamaError` for an engine without a view.
+    """
     _refuse_unsupported(model)
     parameter = next(iter(model.parameters()))
     if hasattr(parameter, "ds_id"):

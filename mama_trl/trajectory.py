@@ -88,8 +88,8 @@ class Trajectory:
         """Σ g² over this rank's part, fp32 scalar."""
         total = torch.zeros((), device=self.skipped.device)
         if gradients:
-            norms = torch._foreach_norm(gradients)
-            total += torch.stack([norm.float().to(total.device) for norm in norms]).square().sum()
+            norms = torch._foreach_norm(gradients, 2, torch.float32)  # fp16 overflows beyond a norm of 65,504
+            total += torch.stack([norm.to(total.device) for norm in norms]).square().sum()
         return total
 
     def _blend(self, names, members, masters, gradients, scale, rates) -> None:

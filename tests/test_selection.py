@@ -74,13 +74,22 @@ def test_row_mask_equals_a_stable_sort_of_each_row(rows, columns, data):
     assert torch.equal(selection.row_piece_mask(turned, keep).view(columns, rows).t(), expected)
 
 
-@pytest.mark.parametrize("size", [100, 1 << 12])
-def test_nan_scores_are_refused(size, monkeypatch):
+# What 0 times infinity gives on x86 has the sign bit set, and a NaN need not have any of the mantissa's upper bits.
+@pytest.mark.parametrize("bits", [0x7FC00000, 0xFFC00000 - (1 << 32), 0x7F800001])
+@pytest.mark.parametrize("size, bracketed", [(100, False), (1 << 17, True)])
+def test_nan_scores_are_refused(bits, size, bracketed, monkeypatch):
     monkeypatch.setattr(selection, "SAMPLED_FROM", 1000)
-    scores = torch.rand(size)
-    scores[size // 2] = float("nan")
+    monkeypatch.setattr(bracket, "_STRIDE", 3)
+    seen = []
+    monkeypatch.setattr(selection, "scan", lambda *args: seen.append(bracket.scan(*args)) or seen[-1])
+    scores = torch.rand(size, generator=torch.Generator().manual_seed(0))
+    scores.view(torch.int32)[size // 2 + 1] = bits
+    assert torch.isnan(scores).sum() == 1
     with pytest.raises(MamaError, match="NaN"):
         selection.packed_masks([scores], size // 4)
+    assert [found.nans for found in seen] == ([1] if bracketed else [])
+    with pytest.raises(MamaError, match="NaN"):
+        selection.find_cut([scores], size // 4)
 
 
 def test_exact_mean_does_not_depend_on_the_order():
@@ -119,3 +128,23 @@ def test_global_masks_have_an_exact_total_and_a_floor():
     total = sum(score.numel() for score in scores)
     assert sum(int(mask.sum()) for mask in masks) == selection.kept_count(total, 0.8)
     assert all(int(mask.sum()) >= int(0.5 * 0.2 * mask.numel()) for mask in masks)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.data())
+def test_each_matrix_keeps_its_own_largest(data):
+    """The floors of a global selection, all found at once, are what one selection for each matrix finds."""
+    sizes = data.draw(st.lists(st.integers(1, 30), min_size=1, max_size=4))
+    values = st.sampled_from([0.0, 1e-42, 0.25, 0.5, 1.0, 7.0, 3e38, float("inf")])
+    parts = [torch.tensor(data.draw(st.lists(values, min_size=size, max_size=size))) for size in sizes]
+    keeps = [data.draw(st.integers(0, size)) for size in sizes]
+    found = selection._own_masks(parts, keeps, None)
+    for part, keep, packed in zip(parts, keeps, found):
+        assert torch.equal(packed, selection.packed_masks([part], keep)[0])
+
+
+def test_a_global_selection_refuses_nan():
+    scores = [torch.rand(40), torch.rand(8)]
+    scores[0][3] = float("nan")
+    with pytest.raises(MamaError, match="NaN"):
+        selection.global_masks(scores, 0.5)

@@ -14,6 +14,7 @@ EVERY = 3  # iterations between updates of the penalty
 ITERATIONS = 300
 REFIT = 10
 DAMPING = 0.01  # of the mean diagonal
+SOFTEST = 1e-6 * PENALTY  # where nearly everything is kept, no penalty moves the support
 
 
 def next_penalty(penalty: float, changed: int, kept: int) -> float:
@@ -63,7 +64,7 @@ def alps(
         if iteration % EVERY:
             continue
         changed, support = int((mask != support).sum()), mask
-        if not grown and changed < 0.005 * int(mask.sum()):
+        if not grown and changed < 0.005 * int(mask.sum()) and penalty > SOFTEST:
             # The first support hardly moves: the penalty is too stiff, so the start is taken again with a softer one.
             penalty /= 5
             if changed:

@@ -88,6 +88,8 @@ def prune(
     check_choice(method, METHODS, "method")
     check_choice(redistribution, REDISTRIBUTIONS, "redistribution")
     check_choice(scope, SCOPES, "scope")
+    if scope == "row" and method != "mama":
+        raise MamaError(f"`scope` is 'row', which only method mama takes: leave it out for {method}.")
     check_sparsity(sparsity)
     group = parse_pattern(pattern)
     targets = targets if targets is not None else find_targets(model, experts=True)
@@ -125,7 +127,8 @@ def prune(
         if gram.tokens < min(FEWEST_TOKENS, calibration.numel()):
             rare.append(target.name)
 
-    def visit(own: list[Target], grams: dict[str, Gram], goals: dict[str, Goal] = {}) -> None:
+    def visit(own: list[Target], grams: dict[str, Gram], goals: Optional[dict[str, Goal]] = None) -> None:
+        goals = goals or {}
         placement.add_up(grams, goals)
         for target in own if grams else []:
             note_rare(target, grams[target.name])

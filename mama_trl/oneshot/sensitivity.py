@@ -26,7 +26,7 @@ def sensitivities(
     """
     parameters = {id(t.parameter): t.parameter for t in targets}
     totals = {key: torch.zeros_like(p.data, dtype=torch.bfloat16) for key, p in parameters.items()}
-    wanted = [(p, p.requires_grad) for p in model.parameters()]
+    before = [(p, p.requires_grad, p.grad) for p in model.parameters()]
     seen = 0
 
     def take(parameter: nn.Parameter) -> None:
@@ -38,8 +38,9 @@ def sensitivities(
     model.eval()
     handles = []
     try:
-        for parameter, _ in wanted:
+        for parameter, *_ in before:
             parameter.requires_grad_(id(parameter) in totals)
+            parameter.grad = None
         handles = [p.register_post_accumulate_grad_hook(take) for p in parameters.values()]
         device = next(model.parameters()).device
         for batch in tqdm(rows.split(batch_size), desc="sensitivity", disable=not progress, leave=False):
@@ -51,8 +52,9 @@ def sensitivities(
     finally:
         for handle in handles:
             handle.remove()
-        for parameter, required in wanted:
+        for parameter, required, gradient in before:
             parameter.requires_grad_(required)
+            parameter.grad = gradient
         model.train(training)
     return {
         t.name: t.oriented(totals[id(t.parameter)] if t.expert is None else totals[id(t.parameter)][t.expert])

@@ -1,5 +1,7 @@
 """`mama ablation`: what each part of one-shot MAMA is worth."""
 
+from dataclasses import dataclass
+
 from . import common
 
 LEVELS = "0.5,0.7,0.9"
@@ -55,13 +57,33 @@ def saved_statistics(folder: str, targets) -> dict[str, dict]:
     }
 
 
+@dataclass
+class _Indicators:
+    """Indicators by `names` as options of `prune`, computed from the dense weights when asked for."""
+
+    targets: list
+    scores: dict[str, dict]
+    names: list[str]
+
+    def options(self) -> dict:
+        from ..oneshot.factors import factors
+
+        importance, power = {}, 1.0
+        for t in self.targets:
+            own = {n: self.scores[n][t.name] for n in self.names if n in self.scores}
+            importance[t.name], power = factors(t.matrix, own, {n: 1.0 for n in self.names})
+        plain = any(value is None for value in importance.values())
+        return {"importance": None if plain else importance, "activation_power": power}
+
+
 def variants(setting, rows, batch_size: int) -> list[tuple[str, str, dict]]:
     """(part, name, options of `prune` but for the sparsity) for one draw of calibration tokens; the model is dense.
 
-    `options["budget_scores"]` stands for a budget by these scores, which depends on the sparsity.
+    `options["budget_scores"]` stands for a budget by these scores, which depends on the sparsity, and
+    `options["indicators"]` for factors that would fill the memory if all were computed ahead.
     """
     from ..config import REDISTRIBUTIONS
-    from ..oneshot.factors import factors, weights_and_biases
+    from ..oneshot.factors import weights_and_biases
     from ..oneshot.sensitivity import sensitivities
     from ..targets import find_targets
 
@@ -75,13 +97,8 @@ def variants(setting, rows, batch_size: int) -> list[tuple[str, str, dict]]:
         }
 
     def by(names) -> dict:
-        importance, power = {}, 1.0
-        for t in targets:
-            own = {n: scores[n][t.name] for n in names if n in scores}
-            importance[t.name], power = factors(t.matrix, own, {n: 1.0 for n in names})
-        plain = any(value is None for value in importance.values())
         # Exchanges know nothing of indicators: without them everywhere, only the indicator differs.
-        return {"importance": None if plain else importance, "activation_power": power, "exchanges": False}
+        return {"indicators": _Indicators(targets, scores, names), "exchanges": False}
 
     every = ["magnitude", "activation", *(n for n in scores if n != "weights and biases")]
     found = [("one indicator alone", name, by([name])) for name in every]
@@ -133,6 +150,10 @@ def main(args) -> dict:
             plain = None  # MAMA as it is stands in several parts and is measured once
             for part, name, options in plans:
                 options = dict(options)
+                indicators = options.pop("indicators", None)
+                if indicators is not None:
+                    setting.restore()
+                    options |= indicators.options()
                 scores = options.pop("budget_scores", None)
                 if scores is not None:
                     densities = budget.global_densities(list(scores.values()), level)

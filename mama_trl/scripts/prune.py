@@ -59,6 +59,8 @@ def main(args) -> None:
         check_choice(args.budget, BUDGETS, "budget")
     if not whole:
         parse_pattern(args.pattern)
+    if args.scope == "row" and (whole or args.method != "mama"):
+        raise MamaError("`scope` is 'row', which only method mama takes, and no pattern of whole structures.")
     common.check_model_source(args.model)
     if args.calibration is None and (whole or args.method != "magnitude" or args.budget == "sensitivity"):
         raise MamaError(f"`calibration` is missing: {args.method} measures activations on a text; give a file.")

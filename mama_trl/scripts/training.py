@@ -264,10 +264,11 @@ def check_run(script_args, training_args, model_args, needs_weights: bool = True
         if getattr(model_args, name):
             raise MamaError(f"`{name}` is set, which is not supported yet: train the full weights without adapters.")
     resume = training_args.resume_from_checkpoint
+    again = str(resume).lower() == "true"
     output = Path(training_args.output_dir)
     if str(resume).lower() == "false":
         resume = None
-    if str(resume).lower() == "true":
+    if again:
         sentence = cut_off(output)
         resume = newest_whole(output) or (get_last_checkpoint(output) if output.is_dir() and not sentence else None)
         if sentence:
@@ -279,12 +280,13 @@ def check_run(script_args, training_args, model_args, needs_weights: bool = True
         raise MamaError(f"`resume_from_checkpoint` is {resume}, which is no folder: give a checkpoint folder, or true.")
     _check_ranks(resume, training_args)
     if resume is None and int(os.environ.get("RANK", 0)) == 0:
-        if holds_something(output) and get_last_checkpoint(output) and not script_args.overwrite:
+        # Asked to go on where nothing whole was left: what the first save left half-written is in nobody's way.
+        if holds_something(output) and get_last_checkpoint(output) and not script_args.overwrite and not again:
             raise MamaError(
                 f"`output_dir` is {output}, which holds an earlier run: go on with --resume_from_checkpoint true, "
                 "start anew with --overwrite true, or choose another."
             )
-        check_output_dir(output, script_args.overwrite, model_args.model_name_or_path)
+        check_output_dir(output, script_args.overwrite or again, model_args.model_name_or_path)
     return resume
 
 

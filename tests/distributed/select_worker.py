@@ -10,7 +10,7 @@ import torch
 from torch import distributed as dist
 
 from benchmarks.common import count_bytes
-from mama_trl import bits, ranks, selection
+from mama_trl import MamaError, bits, bracket, ranks, selection
 from mama_trl.masks import MaskSet
 from mama_trl.shards import Shard
 
@@ -39,6 +39,8 @@ def main(options: dict) -> None:
     sent = count_bytes()
     for number, case in enumerate(cases):
         scores = case["scores"]
+        if case.get("bracketed"):
+            selection.SAMPLED_FROM, bracket._STRIDE = 1000, 3
         shards = []
         for index, whole in enumerate(scores):
             # Uneven cuts, some of them in the middle of rows, bytes and groups, some ranges empty.
@@ -63,6 +65,14 @@ def main(options: dict) -> None:
             masks = MaskSet.from_shards({s.name: p for s, p in zip(shards, packed)}, shards[: len(packed)])
             found[f"{number} {way}"] = {n: masks.whole(n).int().flatten().tolist() for n in masks.names}
             masks.save(folder / f"{number} {way}")
+    spoilt = parts[0].float()
+    if rank == world - 1:
+        spoilt[len(spoilt) // 2] = float("nan")  # on one rank: all of them must stop
+    try:
+        selection.packed_masks([spoilt], len(cases[-1]["scores"][0]), group)
+        found["NaN"] = "not seen"
+    except MamaError:
+        found["NaN"] = "refused"
     sent.clear()
     wide = torch.rand(200_000, generator=torch.Generator().manual_seed(rank))
     selection.packed_masks([wide], 20_000 * world, group)

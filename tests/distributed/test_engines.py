@@ -159,6 +159,8 @@ def test_a_mask_update_holds_one_block_at_a_time(engine, tmp_path, monkeypatch):
         monkeypatch.setenv(f"MALLOC_{name}_", str(value))  # freed memory leaves the process at once
     # How many gathered parameters DeepSpeed keeps in its own forward pass is its setting, 1e9 by default.
     live = {"stage3_max_live_parameters": 0, "stage3_max_reuse_distance": 0, "stage3_prefetch_bucket_size": 0}
+    # As it is by default: the attention's matrices are small enough to stay whole on every rank, the MLP's are not.
+    live["stage3_param_persistence_threshold"] = 100_000
     monkeypatch.setenv("MAMA_TEST_ZERO", json.dumps(live))
     results = launch.run(tmp_path, engine, 2, module="memory_worker", blocks=24)
     for result in results:
@@ -168,7 +170,7 @@ def test_a_mask_update_holds_one_block_at_a_time(engine, tmp_path, monkeypatch):
             f"{engine}: {extra / 2**20:.1f} MiB extra = {extra / block:.1f} blocks, block {block / 2**20:.1f} MiB, "
             f"widest matrix and gram {widest / 2**20:.1f} MiB, model {result['model'] / block:.0f} blocks"
         )
-        assert extra - result["masks"] < 3 * block + 12 * widest < result["model"] / 2
+        assert extra - result["masks"] < 4 * block + 12 * widest < result["model"] / 2
 
 
 def test_two_ranks_checkpoint_is_read_by_one(tmp_path):

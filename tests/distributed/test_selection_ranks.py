@@ -21,6 +21,8 @@ def test_one_two_and_four_ranks_give_identical_masks(tmp_path):
             scores = [s.bfloat16() for s in scores]
         total = sum(s.numel() for s in scores)
         cases.append({"scores": scores, "keep": [100, 1, 0, total, 77, 200][number], "transposed": number in (1, 2)})
+    large = [torch.randn(shape, generator=generator) for shape in ((700, 200), (8, 8))]
+    cases.append({"scores": large, "keep": 40_000, "transposed": False, "bracketed": True})
     torch.save(cases, tmp_path / "cases.pt")
     answers = {}
     for world, engine in ((1, "single"), (2, "gloo"), (4, "gloo")):
@@ -30,6 +32,7 @@ def test_one_two_and_four_ranks_give_identical_masks(tmp_path):
         assert all(part["bytes"] <= 1.1 * 2**20 for part in parts)
         answers[world] = parts[0]["found"]
     assert answers[1] == answers[2] == answers[4]
+    assert answers[1].pop("NaN") == "refused"
     for number, case in enumerate(cases):
         flat = torch.cat([s.float().flatten() + 0.0 for s in case["scores"]])
         expected = torch.zeros(len(flat), dtype=torch.int)
