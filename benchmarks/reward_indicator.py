@@ -24,14 +24,13 @@ from datasets import Dataset
 from transformers.trainer_utils import set_seed
 
 from benchmarks.common import parser, report
-from mama_trl import budget
 from mama_trl.demo import arithmetic
 from mama_trl.grpo import MamaGRPOTrainer
 from mama_trl.oneshot import prune
 from mama_trl.oneshot.compare import dense_state
-from mama_trl.oneshot.factors import factors, weights_and_biases
+from mama_trl.oneshot.factors import weights_and_biases
+from mama_trl.oneshot.recorded import indicator_options, recorded, shared_by
 from mama_trl.pipeline import DataConfig, Run, RunConfig, _grpo_arguments
-from mama_trl.scripts.ablation import saved_statistics
 from mama_trl.targets import find_targets
 
 LEVELS = (0.3, 0.5, 0.7, 0.8)
@@ -52,7 +51,7 @@ def rewarded(run: Run, folder: str):
     trainer.train()
     model = trainer.model.eval()
     targets = find_targets(model)
-    scores = saved_statistics(folder, targets)
+    scores = recorded(folder, model, targets)
     scores["weights and biases"] = {t.name: weights_and_biases(t.matrix, t.bias).detach() for t in targets}
     return model, targets, scores
 
@@ -61,21 +60,14 @@ def ways(targets, scores: dict, sparsity: float) -> list[tuple[str, str, dict]]:
     """(how, indicator, options of `prune`)."""
     found = []
     for indicator in INDICATORS:
-        importance = {}
-        for t in targets:
-            own = {indicator: scores[indicator][t.name]} if indicator in scores else {}
-            importance[t.name], power = factors(t.matrix.detach(), own, {indicator: 1.0})
         options = {
-            "importance": None if any(v is None for v in importance.values()) else importance,
-            "activation_power": power, "exchanges": False, "budget": "uniform",
+            **indicator_options(targets, scores, {indicator: 1.0}), "exchanges": False, "budget": "uniform",
         }
         found.append(("dropped", indicator, {**options, "redistribution": "none"}))
         found.append(("redistributed", indicator, options))
     for name in ("weights and biases", "sensitivity", "reward"):
-        densities = budget.global_densities([scores[name][t.name] for t in targets], sparsity)
-        sizes = [t.shape[0] * t.shape[1] for t in targets]
-        shares = budget.blended(sizes, densities, sparsity, BLEND)
-        found.append(("budget", name, {"layer_sparsity": dict(zip([t.name for t in targets], shares))}))
+        shares = shared_by(scores[name], targets, sparsity, BLEND)
+        found.append(("budget", name, {"layer_sparsity": shares}))
     return [*found, ("budget", "uniform", {"budget": "uniform"})]
 
 

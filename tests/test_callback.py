@@ -183,6 +183,21 @@ def test_killed_and_resumed_gives_the_same_masks_and_weights(make_model, rows, t
         assert torch.equal(value, again.trajectory.values["sensitivity"][name]), name
 
 
+def test_resuming_from_elsewhere(make_model, rows, tmp_path):
+    """The Trainer tells nobody which checkpoint it was given: another run's masks must never be taken for its own."""
+    config = MamaConfig(sparsity=0.5, mask_start=1)
+    saving = {"save_strategy": "steps", "save_steps": 2, "max_steps": 2}
+    train(make_model("llama"), rows, tmp_path / "a", config, **saving)
+    train(make_model("llama", seed=3), rows, tmp_path / "b", config, **saving)
+    source = str(tmp_path / "a" / "checkpoint-2")
+    with pytest.raises(MamaError, match="at step 2 is not .*checkpoint-2.*set `resume_from_checkpoint`"):
+        train(make_model("llama"), rows, tmp_path / "b", config, resume=source, max_steps=3)
+    _, mama, check = train(
+        make_model("llama"), rows, tmp_path / "b", config, resume=source, resume_from_checkpoint=source, max_steps=3
+    )
+    assert mama.masks.digest() == MaskSet.load(source).digest() and check.violations == 0
+
+
 def test_resume_without_masks_is_refused(make_model, rows, tmp_path):
     config = MamaConfig(mask_start=2)
     train(make_model("llama"), rows, tmp_path, config, save_strategy="steps", save_steps=4)

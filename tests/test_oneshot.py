@@ -204,6 +204,27 @@ def test_exchange_never_raises_the_error_and_keeps_the_pattern():
             assert torch.all(better.view(20, 8, 4).sum(-1) == 2)
 
 
+@pytest.mark.parametrize("sparsity", [0.0, 0.005, 0.01])
+def test_alps_where_nearly_everything_is_kept(sparsity):
+    for seed in range(4):
+        torch.manual_seed(seed)
+        weight, samples = torch.randn(16, 32), torch.randn(200, 32)
+        new, mask = alps(weight, samples.T @ samples, sparsity)
+        assert torch.isfinite(new).all() and int(mask.sum()) == kept_count(512, sparsity)
+
+
+def test_the_pass_of_gradients_leaves_gradients_alone(make_model, rows):
+    model = make_model("llama")
+    model(input_ids=rows[:2], labels=rows[:2]).loss.mul(100).backward()
+    before = {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
+    targets = find_targets(model)
+    fresh = make_model("llama")
+    theirs = sensitivities(fresh, rows[:4], find_targets(fresh))
+    for name, value in sensitivities(model, rows[:4], targets).items():
+        assert torch.equal(value, theirs[name])
+    assert all(torch.equal(parameter.grad, before[name]) for name, parameter in model.named_parameters())
+
+
 def test_every_row_keeps_the_same_number_where_rows_compete():
     weight, samples = layer(outputs=12, inputs=32, tokens=400)
     gram = samples.T @ samples

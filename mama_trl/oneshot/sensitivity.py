@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from torch.nn import functional
 from tqdm import tqdm
 
-from .. import budget
 from ..indicators import sensitivity
 from ..targets import Target, find_targets
+from .recorded import shared_by
 
 
 def sensitivities(
@@ -85,7 +85,4 @@ def sensitivity_budget(
     The number of kept connections is that of a uniform budget.
     """
     targets = targets if targets is not None else find_targets(model, experts=True)
-    scores = sensitivities(model, rows, targets, batch_size, progress)
-    densities = budget.global_densities([scores[t.name] for t in targets], sparsity)
-    sizes = [t.shape[0] * t.shape[1] for t in targets]
-    return dict(zip([t.name for t in targets], budget.blended(sizes, densities, sparsity, blend)))
+    return shared_by(sensitivities(model, rows, targets, batch_size, progress), targets, sparsity, blend)

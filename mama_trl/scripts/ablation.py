@@ -1,7 +1,5 @@
 """`mama ablation`: what each part of one-shot MAMA is worth."""
 
-from dataclasses import dataclass
-
 from . import common
 
 LEVELS = "0.5,0.7,0.9"
@@ -21,74 +19,18 @@ def make_parser():
     return parser
 
 
-def saved_statistics(folder: str, targets) -> dict[str, dict]:
-    """Indicators by name, then (out, in) by target name, that a training run left in `folder`/mama; or nothing.
-
-    Read by parameter name, so that only what belongs to a target of this model is taken. The reward's mean square is
-    given as its root. Raises `MamaError` if the file is damaged or belongs to another model.
-    """
-    from ..errors import MamaError
-    from ..storage import RangeReader
-    from ..trajectory import STEM
-
-    reader = RangeReader.find(folder, STEM)
-    if reader is None:
-        return {}
-    found: dict[str, dict] = {}
-    shapes = {name: tuple(shape) for name, shape in reader.header["shapes"].items()}
-    for indicator in reader.header["counts"]:
-        for target in targets:
-            stored, whole = shapes.get(target.parameter_name), tuple(target.parameter.shape)
-            if stored is None:
-                continue
-            if stored != whole:
-                raise MamaError(
-                    f"{reader.where} holds shape {list(stored)} for {target.parameter_name}, whose shape is "
-                    f"{list(whole)}: it belongs to another model; delete it."
-                )
-            values = reader.read(f"{indicator}/{target.parameter_name}", 0, target.parameter.numel()).view(whole)
-            values = target.oriented(values if target.expert is None else values[target.expert]).float()
-            values = values.to(target.parameter.device)
-            found.setdefault(indicator, {})[target.name] = values.sqrt() if indicator == "reward" else values
-    # A statistic that was never recorded is all zero and says nothing.
-    return {
-        name: values for name, values in found.items()
-        if len(values) == len(targets) and any(bool((value != 0).any()) for value in values.values())
-    }
-
-
-@dataclass
-class _Indicators:
-    """Indicators by `names` as options of `prune`, computed from the dense weights when asked for."""
-
-    targets: list
-    scores: dict[str, dict]
-    names: list[str]
-
-    def options(self) -> dict:
-        from ..oneshot.factors import factors
-
-        importance, power = {}, 1.0
-        for t in self.targets:
-            own = {n: self.scores[n][t.name] for n in self.names if n in self.scores}
-            importance[t.name], power = factors(t.matrix, own, {n: 1.0 for n in self.names})
-        plain = any(value is None for value in importance.values())
-        return {"importance": None if plain else importance, "activation_power": power}
-
-
-def variants(setting, rows, batch_size: int) -> list[tuple[str, str, dict]]:
+def variants(setting, targets, rows, batch_size: int) -> list[tuple[str, str, dict]]:
     """(part, name, options of `prune` but for the sparsity) for one draw of calibration tokens; the model is dense.
 
     `options["budget_scores"]` stands for a budget by these scores, which depends on the sparsity, and
-    `options["indicators"]` for factors that would fill the memory if all were computed ahead.
+    `options["indicators"]` for a function that gives further options, to be called when the model is dense.
     """
     from ..config import REDISTRIBUTIONS
     from ..oneshot.factors import weights_and_biases
+    from ..oneshot.recorded import indicator_options, recorded
     from ..oneshot.sensitivity import sensitivities
-    from ..targets import find_targets
 
-    targets = find_targets(setting.model, experts=True)
-    statistics = saved_statistics(setting.source, targets)
+    statistics = recorded(setting.source, setting.model, targets)
     scores = {"sensitivity": sensitivities(setting.model, rows[: -(-len(rows) // 8)], targets, batch_size)}
     scores |= {name: values for name, values in statistics.items() if name != "sensitivity"}
     if "reward" in statistics:
@@ -98,7 +40,9 @@ def variants(setting, rows, batch_size: int) -> list[tuple[str, str, dict]]:
 
     def by(names) -> dict:
         # Exchanges know nothing of indicators: without them everywhere, only the indicator differs.
-        return {"indicators": _Indicators(targets, scores, names), "exchanges": False}
+        # Computed when asked for: factors of all variants at once would fill the memory.
+        weights = {name: 1.0 for name in names}
+        return {"indicators": lambda: indicator_options(targets, scores, weights), "exchanges": False}
 
     every = ["magnitude", "activation", *(n for n in scores if n != "weights and biases")]
     found = [("one indicator alone", name, by([name])) for name in every]
@@ -131,20 +75,22 @@ def variants(setting, rows, batch_size: int) -> list[tuple[str, str, dict]]:
 def main(args) -> dict:
     from tqdm import tqdm
 
-    from .. import budget
     from ..oneshot.compare import summarise, trial
+    from ..oneshot.recorded import shared_by
     from ..oneshot.sensitivity import default_blend
     from ..report.levels import write_comparison
+    from ..targets import find_targets
     from .levels import parse_levels
 
     levels = parse_levels(args.levels)
     setting = common.Comparison(args)
+    targets = find_targets(setting.model, experts=True)
     trials: list[dict] = []
     bar = None
     for seed in setting.seeds:
         rows = setting.rows(seed)
         setting.restore()
-        plans = variants(setting, rows, args.batch_size)
+        plans = variants(setting, targets, rows, args.batch_size)
         bar = bar or tqdm(desc="ablation", total=len(plans) * len(levels) * len(setting.seeds))
         for level in levels:
             plain = None  # MAMA as it is stands in several parts and is measured once
@@ -153,13 +99,10 @@ def main(args) -> dict:
                 indicators = options.pop("indicators", None)
                 if indicators is not None:
                     setting.restore()
-                    options |= indicators.options()
+                    options |= indicators()
                 scores = options.pop("budget_scores", None)
                 if scores is not None:
-                    densities = budget.global_densities(list(scores.values()), level)
-                    sizes = [value.numel() for value in scores.values()]
-                    shares = budget.blended(sizes, densities, level, default_blend(level))
-                    options["layer_sparsity"] = dict(zip(scores, shares))
+                    options["layer_sparsity"] = shared_by(scores, targets, level, default_blend(level))
                 asked = bool(options) and options != {"redistribution": "least_squares"}
                 if asked or plain is None:
                     found = trial(

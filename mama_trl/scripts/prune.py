@@ -2,6 +2,8 @@
 
 from . import common
 
+LEFT_BUDGETS = ("reward", "curvature")
+
 DESCRIPTION = """Prune a saved model without training it, block by block.
 
   mama prune MODEL --sparsity 0.7 --calibration text.txt --output pruned
@@ -26,7 +28,17 @@ def make_parser():
     )
     parser.add_argument(
         "--budget",
-        help="sparsity of each matrix: uniform, or by sensitivity, one pass of gradients (default for mama)",
+        help="sparsity of each matrix: uniform; sensitivity, one pass of gradients (default for mama); reward or "
+        "curvature, as a training run left them beside MODEL",
+    )
+    parser.add_argument(
+        "--indicators", nargs="+", metavar="NAME",
+        help="for mama: which connections to keep: activation (default), magnitude, or sensitivity, movement, reward "
+        "and curvature, as a training run left them beside MODEL; name=weight weighs one against the others",
+    )
+    parser.add_argument(
+        "--redistribution", default="least_squares",
+        help="for mama: where the pruned connections' values go: least_squares (default), bias, mean, none",
     )
     parser.add_argument(
         "--pattern", default="unstructured", help="unstructured (default), N:M such as 2:4, or whole: neurons, heads"
@@ -45,7 +57,7 @@ def make_parser():
 
 
 def main(args) -> None:
-    from ..config import check_choice, check_sparsity, parse_pattern
+    from ..config import REDISTRIBUTIONS, check_choice, check_sparsity, parse_indicators, parse_pattern
     from ..errors import MamaError
     from ..masks import MaskSet
     from ..oneshot import BUDGETS, METHODS, SCOPES, STRUCTURE_METHODS, STRUCTURES, prune, prune_structures
@@ -56,7 +68,13 @@ def main(args) -> None:
     check_choice(args.method, STRUCTURE_METHODS if whole else METHODS, "method")
     check_choice(args.scope, SCOPES, "scope")
     if args.budget is not None:
-        check_choice(args.budget, BUDGETS, "budget")
+        check_choice(args.budget, (*BUDGETS, *LEFT_BUDGETS), "budget")
+    check_choice(args.redistribution, REDISTRIBUTIONS, "redistribution")
+    weights = parse_indicators(args.indicators or ["activation"])
+    if (args.indicators or args.redistribution != "least_squares") and (whole or args.method != "mama"):
+        raise MamaError(
+            "`indicators` and `redistribution` are for method mama, and not for whole structures: leave them out."
+        )
     if not whole:
         parse_pattern(args.pattern)
     if args.scope == "row" and (whole or args.method != "mama"):
@@ -77,6 +95,7 @@ def main(args) -> None:
         length = common.sequence_length(args.model, args.sequence_length)
         rows = common.calibration_rows(tokenizer, args.calibration, length, args.calibration_tokens, args.seed)
     model = common.load_model(args.model, args.dtype)
+    options = {} if whole else _from_training(args, model, weights)
     if rows is not None:
         unfinished.begin(model, rows)
         if unfinished.blocks:
@@ -93,12 +112,40 @@ def main(args) -> None:
         return
     masks = prune(
         model, rows, args.method, args.sparsity, args.pattern, batch_size=args.batch_size,
-        unfinished=None if rows is None else unfinished, budget=args.budget, scope=args.scope,
+        unfinished=None if rows is None else unfinished, scope=args.scope, redistribution=args.redistribution,
+        **options,
     )
     _save(model, tokenizer, output)
     masks.save(output)
     unfinished.remove()
     print(f"{masks.sparsity():.2%} of the prunable weights are zero ({args.method}, {args.pattern}): {output}")
+
+
+def _from_training(args, model, weights: dict[str, float]) -> dict:
+    """`budget` and indicators as options of `prune`, read from what a training run left beside the model."""
+    from ..errors import MamaError
+    from ..oneshot.recorded import indicator_options, recorded, shared_by
+    from ..oneshot.sensitivity import default_blend
+    from ..targets import find_targets
+
+    options = {"budget": args.budget}
+    if args.budget not in LEFT_BUDGETS and not args.indicators:
+        return options
+    targets = find_targets(model, experts=True)
+    scores = recorded(args.model, model, targets)
+    if args.indicators:
+        options |= indicator_options(targets, scores, weights)
+    if args.budget in LEFT_BUDGETS:
+        if args.budget not in scores:
+            raise MamaError(
+                f"`budget` is {args.budget!r}, which no training run left beside {args.model}: use uniform or "
+                "sensitivity."
+            )
+        options["budget"] = "uniform"
+        if args.pattern == "unstructured":
+            blend = default_blend(args.sparsity)
+            options["layer_sparsity"] = shared_by(scores[args.budget], targets, args.sparsity, blend)
+    return options
 
 
 def _save(model, tokenizer, output) -> None:
