@@ -3,10 +3,9 @@
     python -m benchmarks.selection --output selection.json
 
 The task is the threshold plus one bit per score, ties to the lower position. Ours against torch.topk, torch.kthvalue,
-torch.sort and numpy.partition, which all get our packing of the mask (it is faster than numpy.packbits, which is
-timed too). Each method runs in a process of its own that holds the scores; the extra memory is the highest resident
-memory above that, less the packed mask. Then two ranks select from the same scores, and the bytes that each hands to
-its collectives are counted.
+torch.sort and numpy.partition, which all get our packing of the mask (numpy.packbits, on a CPU). Each method runs in a
+process of its own that holds the scores; the extra memory is the highest resident memory above that, less the packed
+mask. Then two ranks select from the same scores, and the bytes that each hands to its collectives are counted.
 """
 
 import json
@@ -73,7 +72,6 @@ def measure(task: dict) -> dict:
 
 def measure_wire(task: dict) -> dict:
     """Two ranks, half of the scores each: bytes handed to collectives for one global selection."""
-    import torch
     from torch import distributed as dist
 
     from mama_trl import ranks
@@ -90,7 +88,6 @@ def measure_wire(task: dict) -> dict:
     total = ranks.total(count(packed), ranks.everyone())
     assert int(total) == task["size"] // 10
     dist.destroy_process_group()
-    torch.set_num_threads(1)
     return result if int(os.environ["RANK"]) == 0 else {}
 
 

@@ -1,8 +1,17 @@
 """The one exception a user is meant to read."""
 
+import logging
+from functools import lru_cache
+
 
 class MamaError(ValueError):
     """Bad input, said in one sentence that names the field, the value and the mend.
 
     The command line prints it without a traceback and ends with exit code 2.
     """
+
+
+@lru_cache(maxsize=None)
+def warn_once(logger: logging.Logger, message: str) -> None:
+    """Logs a warning that is worth saying, and not worth saying at every mask update or layer."""
+    logger.warning(message)

@@ -37,12 +37,13 @@ from .errors import MamaError
 from .evaluation import blocks, model_bytes, perplexity, sparsity_by_matrix, task_accuracy
 from .evaluation.tasks import generate
 from .grpo import MamaGRPOConfig, MamaGRPOTrainer
-from .masks import MaskSet, write_atomically
+from .masks import MaskSet
 from .oneshot import prune
 from .packing import save_packed
 from .progress import StageBar
 from .report import write_report
 from .report.facts import attribution_histogram, trajectory_curves
+from .storage import write_atomically
 
 BASELINES = ("magnitude", "wanda", "sparsegpt")
 STAGES = ("data", "pretrain", "sft", "grpo", "distill", "baselines", "report")

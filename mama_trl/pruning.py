@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from . import budget, indicators, oneshot, ranks, selection
 from .bits import pack_bits
 from .config import MamaConfig, parse_indicators, parse_pattern
-from .errors import MamaError
+from .errors import MamaError, warn_once
 from .masks import MaskSet
 from .placement import Spread
 from .shards import Shard, group_of
@@ -19,14 +19,6 @@ from .targets import Target
 from .trajectory import Trajectory
 
 logger = logging.getLogger(__name__)
-_said: set[str] = set()
-
-
-def say_once(message: str) -> None:
-    if message not in _said:
-        _said.add(message)
-        logger.warning(message)
-
 
 @dataclass
 class Update:
@@ -87,7 +79,7 @@ def score(update: Update, shard: Shard, name: str) -> Tensor:
     """`raw_score` in fp32 with the reward as its root; what was never recorded falls back to magnitude."""
     value = raw_score(update, shard, name)
     if value is None:
-        say_once(f"indicator {name} was not recorded or this optimizer keeps none: magnitude is used instead.")
+        warn_once(logger, f"indicator {name} was not recorded or this optimizer keeps none: magnitude is used instead.")
         return indicators.magnitude(shard.master)
     return value.float().sqrt() if name == "reward" else value.float()
 
@@ -100,7 +92,7 @@ def layer_sparsities(update: Update, sparsity: float) -> dict[str, float]:
     if config.budget != "uniform" and config.budget_blend > 0 and not parse_pattern(config.pattern) and sparsity > 0:
         scores = [raw_score(update, shard, config.budget) for shard in owned]
         if any(value is None for value in scores):
-            say_once(f"budget {config.budget} was not recorded: the sparsity is shared uniformly instead.")
+            warn_once(logger, f"budget {config.budget} was not recorded: the sparsity is shared uniformly instead.")
         else:
             densities = budget.global_densities(scores, sparsity, sizes, update.group)
             shares = budget.blended(sizes, densities, sparsity, config.budget_blend)

@@ -2,7 +2,7 @@
 
 The k-th largest score is found by a radix select over the bit patterns of the scores: a histogram of the upper 16
 bits, then one of the lower 16 bits within the chosen bin (16-bit scores need one). Ranks add their histograms, so
-that each learns the same threshold from at most 1 MiB of messages, whatever the number of scores. Everything above
+that each learns the same threshold from about 1 MiB of messages, whatever the number of scores. Everything above
 the threshold is kept, and of those equal to it the first ones by global position: identical scores give identical
 masks on any number of ranks. On a CPU, where a histogram of everything costs more than comparisons, a sample first
 brackets the threshold, so that only the few scores within the bracket enter the histograms.

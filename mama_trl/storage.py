@@ -115,9 +115,6 @@ class RangeReader:
                 "earlier checkpoint."
             )
 
-    def names(self) -> set[str]:
-        return {name for _, ranges in self._files for name in ranges}
-
     def read(self, name: str, start: int, length: int, bits: bool = False) -> Tensor:
         """The flat range [start, start + length) of `name`; with `bits` of flags, packed anew from `start` on.
 

@@ -9,11 +9,10 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from .errors import MamaError
+from .errors import MamaError, warn_once
 from .shards import full_shape
 
 logger = logging.getLogger(__name__)
-_said: set[str] = set()
 
 
 @dataclass(frozen=True, eq=False)
@@ -207,7 +206,7 @@ def find_targets(
                 for expert in range(parameter.shape[0])
             ]
         else:
-            _say_once(f"fused experts such as {module_name} are not pruned here and stay dense.", "experts")
+            warn_once(logger, "fused expert weights of a mixture are not pruned here and stay dense.")
     if not found:
         raise MamaError(
             f"`target_modules` is {target_modules!r} and `exclude_modules` is {exclude_modules!r}, which leaves "
@@ -246,9 +245,3 @@ def stack_experts(targets: list[Target], masks: dict[str, Tensor]) -> dict[str, 
             result[target.parameter_name] = torch.ones(target.parameter.shape, dtype=torch.bool, device=mask.device)
         result[target.parameter_name][target.expert] = mask
     return result
-
-
-def _say_once(message: str, key: str) -> None:
-    if key not in _said:
-        _said.add(key)
-        logger.warning(message)

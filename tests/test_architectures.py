@@ -7,9 +7,8 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from mama_trl import targets as targets_module
 from mama_trl.calibration import Gram, blockwise, collect
-from mama_trl.errors import MamaError
+from mama_trl.errors import MamaError, warn_once
 from mama_trl.evaluation import perplexity
 from mama_trl.masks import MaskSet
 from mama_trl.oneshot import METHODS, prune, prune_structures
@@ -136,7 +135,7 @@ def test_experts_that_saw_too_few_tokens_are_said_and_pruned_by_magnitude(make_m
 
 
 def test_training_leaves_fused_experts_dense_and_says_so_once(make_model, caplog):
-    targets_module._said.clear()
+    warn_once.cache_clear()
     with caplog.at_level(logging.WARNING):
         for _ in range(2):
             found = find_targets(make_model("mixtral"))

@@ -8,6 +8,7 @@ from datasets import Dataset
 from transformers import EarlyStoppingCallback, Trainer, TrainerCallback, TrainingArguments
 
 from mama_trl import MamaCallback, MamaConfig, MamaError, MaskSet
+from mama_trl.errors import warn_once
 from mama_trl.targets import find_targets
 
 
@@ -314,9 +315,7 @@ def test_best_model_is_never_below_the_target(make_model, rows, tmp_path):
 
 @pytest.mark.parametrize("optimizer", ["sgd", "adafactor"])
 def test_optimizers_without_a_second_moment(make_model, rows, tmp_path, optimizer, caplog):
-    from mama_trl import pruning
-
-    pruning._said.clear()
+    warn_once.cache_clear()
     config = MamaConfig(
         sparsity=0.5, mask_start=2, indicators=["curvature"], redistribution="none", budget="curvature"
     )

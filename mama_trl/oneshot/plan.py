@@ -140,8 +140,8 @@ class _Seen:
     wholes: dict[nn.Module, nn.Module]
 
 
-def _observe(block: nn.Module, run: Callable[[], Tensor], silenced: Optional[nn.Module] = None) -> _Seen:
-    """Runs the block; submodules that are called more than once are left out. `silenced` puts out zeros."""
+def _observe(block: nn.Module, run: Callable[[], Tensor], muted: Optional[nn.Module] = None) -> _Seen:
+    """Runs the block; submodules that are called more than once are left out. `muted` puts out zeros."""
     seen = _Seen({}, {}, {})
     newest: list = [None, None]
     repeated: set[str] = set()
@@ -159,7 +159,7 @@ def _observe(block: nn.Module, run: Callable[[], Tensor], silenced: Optional[nn.
             if isinstance(out, Tensor):
                 seen.outputs[name] = out
                 newest[:] = out, module
-                return torch.zeros_like(out) if module is silenced else None
+                return torch.zeros_like(out) if module is muted else None
         return hook
 
     modules = [(name, module) for name, module in block.named_modules() if name]

@@ -9,8 +9,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from ..bits import pack_bits, unpack_bits
 from ..errors import MamaError
-from ..masks import pack_bits, unpack_bits, write_atomically
+from ..storage import write_atomically
 from ..targets import Target
 
 FOLDER = ".progress"  # inside the output folder, removed at the end

@@ -66,7 +66,8 @@ def default_blend(sparsity: float) -> float:
     """Share of the sensitivity budget: 0.6 up to sparsity 0.95, from there falling to 0 at 0.99.
 
     Gradients of the dense model speak for models near it. Chosen by benchmarks/budget_blend.py, which measures on text
-    that no other benchmark uses: 0.6 was within 3 % of the best share up to 0.95, and any share lost at 0.99.
+    that no other benchmark uses: on average over three models 0.6 was within 3 % of each one's best share up to 0.95;
+    at 0.99 any share lost on one of them.
     """
     return max(0.0, min(0.6, 15.0 * (0.99 - sparsity)))
 

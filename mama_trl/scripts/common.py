@@ -34,9 +34,8 @@ class CommandParser(argparse.ArgumentParser):
 
     def add_calibration(self) -> None:
         """The options of every command that draws calibration tokens."""
-        self.add_argument("--calibration_tokens", type=positive, default=32768, help="tokens drawn (default 32768)")
+        self._add_draw()
         self.add_argument("--seed", type=int, default=0, help="draws the calibration blocks (default 0)")
-        self.add_argument("--overwrite", action="store_true", help="replace files in a folder that holds something")
 
     def add_comparison(self, levels: str) -> None:
         """What every command takes that compares perplexities over levels and several draws of calibration tokens."""
@@ -46,8 +45,14 @@ class CommandParser(argparse.ArgumentParser):
         self.add_argument("--output", required=True, metavar="DIR", help="folder for table and plot")
         self.add_argument("--levels", default=levels, help=f"sparsities (default {levels})")
         self.add_argument("--blocks", type=positive, metavar="N", help="only the first N blocks (default: all)")
-        self.add_argument("--calibration_tokens", type=positive, default=32768, help="tokens drawn (default 32768)")
+        self._add_draw()
         self.add_argument("--seeds", default="0", help="draws of the calibration blocks, such as 0,1,2 (default 0)")
+
+    def _add_draw(self) -> None:
+        self.add_argument(
+            "--calibration_tokens", type=positive, default=32768,
+            help="tokens drawn (default 32768); method mama reads about half of them, which it goes through twice",
+        )
         self.add_argument("--overwrite", action="store_true", help="replace files in a folder that holds something")
 
 
@@ -171,13 +176,6 @@ def load_model(source: str, dtype: str = "auto"):
     except (OSError, ValueError, KeyError, ImportError) as error:
         raise MamaError(f"no model can be loaded from {source}: {first_line(error)}") from None
     return model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
-
-
-def load_model_and_tokenizer(source: str, dtype: str = "auto"):
-    """`(model, tokenizer)` after `check_model_source`."""
-    check_model_source(source)
-    tokenizer = load_tokenizer(source)
-    return load_model(source, dtype), tokenizer
 
 
 def sequence_length(source: str, asked: Optional[int]) -> int:
