@@ -2,7 +2,7 @@
 # make run        the main job: configs/demo.yaml, its report in runs/demo
 # make test       the default tests
 # make test-slow  the tests that take minutes
-# make bench      every benchmark, results in runs/bench
+# make bench      every benchmark but reward_indicator (which reads finished runs), results in runs/bench
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV := .venv
 STAMP := $(VENV)/.installed

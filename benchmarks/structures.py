@@ -25,7 +25,7 @@ from mama_trl.evaluation import blocks, perplexity, read_text
 from mama_trl.evaluation.size import model_bytes
 from mama_trl.oneshot.structures import prune_structures
 
-DATA = Path("../shared/data")
+DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 MODELS = ("stories260K", "babyllama-tok105")
 LEVELS = [("neurons", 0.25), ("neurons", 0.5), ("neurons", 0.75), ("heads", 0.5)]
 # The name in the table, the choice of structures, and what happens to those that stay.
