@@ -89,7 +89,7 @@ def peak_bytes(model, dense, rows, method: str) -> int:
     weights = sum(p.numel() * p.element_size() for p in model.parameters())
     with PeakBytes(weights + rows.numel() * rows.element_size()) as meter:
         if method == "budget":
-            sensitivity_budget(model, rows[: len(rows) // 4], 0.7, 0.6, batch_size=1)
+            sensitivity_budget(model, rows[::4], 0.7, 0.6, batch_size=1)  # 16 blocks, as many as of 128 are read
         else:
             prune(model, rows, method, 0.7, batch_size=1, progress=False, budget="uniform")
     return meter.peak

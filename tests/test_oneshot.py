@@ -1,3 +1,5 @@
+import sys
+
 import pytest
 import torch
 
@@ -223,6 +225,20 @@ def test_the_pass_of_gradients_leaves_gradients_alone(make_model, rows):
     for name, value in sensitivities(model, rows[:4], targets).items():
         assert torch.equal(value, theirs[name])
     assert all(torch.equal(parameter.grad, before[name]) for name, parameter in model.named_parameters())
+
+
+def test_mama_reads_calibration_of_every_kind(make_model, rows, monkeypatch):
+    """It reads half of the blocks: where the first are text and the last a task, some of both."""
+    seen = []
+    original = stages.staged
+    monkeypatch.setattr(
+        sys.modules[prune.__module__], "staged",
+        lambda model, rows, *rest: seen.append(rows) or original(model, rows, *rest),
+    )
+    kinds = torch.cat([rows[:32], rows[:32] * 0 + 7])
+    prune(make_model("llama"), kinds, sparsity=0.5, progress=False)
+    of_the_task = (seen[0] == 7).all(1)
+    assert len(seen[0]) < 64 and of_the_task.sum() * 2 == len(seen[0])
 
 
 def test_every_row_keeps_the_same_number_where_rows_compete():

@@ -99,7 +99,8 @@ def prune(
         raise MamaError(f"`calibration` is missing: budget {budget} needs token ids (n, sequence_length).")
     if budget == "sensitivity" and layer_sparsity is None and group is None and sparsity > 0:
         blend = default_blend(sparsity) if budget_blend is None else budget_blend
-        few = calibration[: -(-calibration.shape[0] // 8)]  # what a matrix is worth shows after a few thousand tokens
+        # What a matrix is worth shows after a few thousand tokens.
+        few = _spread(calibration, -(-len(calibration) // 8))
         # Its backward pass keeps the activations of every layer: fewer blocks at once.
         layer_sparsity = sensitivity_budget(model, few, sparsity, blend, targets, max(batch_size // 4, 1), progress)
     placement = placement if placement is not None else Local()
@@ -189,7 +190,14 @@ def _enough(calibration: Tensor, targets: list[Target]) -> Tensor:
     """
     widest = max(target.shape[1] for target in targets)
     least = -(-TOKENS_PER_INPUT * widest // calibration.shape[1])
-    return calibration[: max(-(-calibration.shape[0] // 2), least)]
+    return _spread(calibration, max(-(-len(calibration) // 2), least))
+
+
+def _spread(rows: Tensor, count: int) -> Tensor:
+    """At most `count` rows, evenly from all: the first ones may be of one kind of text, the last of another."""
+    if count >= len(rows):
+        return rows
+    return rows[torch.arange(count, device=rows.device) * len(rows) // count]
 
 
 def solve_mama(

@@ -31,7 +31,7 @@ def variants(setting, targets, rows, batch_size: int) -> list[tuple[str, str, di
     from ..oneshot.sensitivity import sensitivities
 
     statistics = recorded(setting.source, setting.model, targets)
-    scores = {"sensitivity": sensitivities(setting.model, rows[: -(-len(rows) // 8)], targets, batch_size)}
+    scores = {"sensitivity": sensitivities(setting.model, rows[::8], targets, batch_size)}
     scores |= {name: values for name, values in statistics.items() if name != "sensitivity"}
     if "reward" in statistics:
         scores["weights and biases"] = {
