@@ -250,12 +250,15 @@ class PartitionShard(Shard):
         return None if gradient is None else gradient.reshape(-1)[: self.length].to(self.master.device)
 
     def optimizer_state(self, optimizer, key: str) -> Optional[Tensor]:
+        if not self.parameter.requires_grad:
+            return None
         state = self._engine.optimizer.state.get(self._flat, {}).get(key)
         return None if state is None else state.narrow(0, self._place[1], self.length)
 
     @property
     def bucket(self) -> int:
-        return self._flat.untyped_storage().data_ptr()
+        owner = self._flat if self.parameter.requires_grad else self._partition
+        return owner.untyped_storage().data_ptr()
 
     @property
     def working_copies(self) -> list[Tensor]:

@@ -9,6 +9,7 @@ from safetensors import safe_open
 
 from mama_trl.checkpoints import newest_whole
 from mama_trl.masks import MaskSet
+from tests.conftest import tiny
 from tests.distributed import launch
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
@@ -173,6 +174,27 @@ def test_a_mask_update_holds_one_block_at_a_time(engine, tmp_path, monkeypatch):
             f"widest matrix and gram {widest / 2**20:.1f} MiB, model {result['model'] / block:.0f} blocks"
         )
         assert extra - result["masks"] < 4 * block + 12 * widest < result["model"] / 2
+
+
+@pytest.mark.parametrize("engine", ["zero3", "fsdp2"])
+def test_frozen_parameters(engine, tmp_path):
+    """Norms, a bias and a matrix that do not train: a mask update runs through them, and leaves the matrix alone."""
+    options = {
+        "frozen": ["norm", "up_proj.bias", "layers.0.mlp.gate_proj"], "ways": ["least_squares"],
+        "config": {"exclude_modules": [r"layers\.0\.mlp\.gate_proj"]},
+    }
+    (alone,) = launch.run(tmp_path / "single", "single", 1, **options)
+    results = launch.run(tmp_path / engine, engine, 2, reference=str(tmp_path / "single"), **options)
+    for result in results:
+        assert_engine(engine, result)
+        assert result["violations"] == 0 and result["checked"] == 4
+        assert result["sparsity"] == pytest.approx(0.8, abs=1e-3)
+    found, expected = results[0]["ways"]["least_squares"], alone["ways"]["least_squares"]
+    assert not any("layers.0.mlp.gate_proj" in name for name in found["flags"])
+    assert found["kept"] == expected["kept"]
+    with safe_open(tmp_path / engine / "model.safetensors", "pt") as file:
+        name = "model.layers.0.mlp.gate_proj.weight"
+        assert torch.equal(file.get_tensor(name), dict(tiny("llama").named_parameters())[name].data)
 
 
 def test_two_ranks_checkpoint_is_read_by_one(tmp_path):

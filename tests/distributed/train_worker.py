@@ -95,6 +95,8 @@ def main(options: dict) -> None:
         },
     )
     model = tiny(options.get("architecture", "llama"))
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(not any(part in name for part in options.get("frozen", [])))
     trainer = Trainer(model, args=args, train_dataset=data, callbacks=[mama, watch])
     if options.get("poison"):
         poison(trainer, mama, options["poison"])
