@@ -8,7 +8,6 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from transformers import Trainer
 
 from .. import budget, indicators
 from ..errors import MamaError
@@ -62,6 +61,8 @@ def _curvature(folder: str, model: nn.Module, targets: list[Target]) -> dict[str
     path = Path(folder) / OPTIMIZER
     if not path.is_file():
         return {}
+    from transformers import Trainer  # which loads DeepSpeed, and a second goes by
+
     try:
         saved = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         state, order = saved["state"], [i for group in saved["param_groups"] for i in group["params"]]
