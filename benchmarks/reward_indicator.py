@@ -19,7 +19,6 @@ from statistics import mean, stdev
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-import torch
 from datasets import Dataset
 from transformers.trainer_utils import set_seed
 
@@ -33,7 +32,7 @@ from mama_trl.oneshot.recorded import indicator_options, recorded, shared_by
 from mama_trl.pipeline import DataConfig, Run, RunConfig, _grpo_arguments
 from mama_trl.targets import find_targets
 
-LEVELS = (0.3, 0.5, 0.7, 0.8)
+LEVELS = (0.5, 0.7, 0.8)
 INDICATORS = ("magnitude", "activation", "weights and biases", "sensitivity", "reward")
 BLEND = 0.6
 
@@ -87,9 +86,9 @@ def main() -> None:
         state, rows = dense_state(model), run.calibration()
         dense.append(run.evaluate(model))
         for level in levels:
+            model.load_state_dict(state)  # indicators are relative to the dense weights
             for how, indicator, asked in ways(targets, scores, level):
-                with torch.no_grad():
-                    model.load_state_dict(state)
+                model.load_state_dict(state)
                 prune(model, rows, "mama", level, progress=False, **asked)
                 found = run.evaluate(model)
                 measured.setdefault((level, how, indicator), []).append(found)
