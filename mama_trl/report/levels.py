@@ -10,7 +10,7 @@ import matplotlib.pyplot as plt
 from rich.console import Console
 from rich.table import Table
 
-from .plots import LABELS, METHOD_COLOURS, STYLE, number
+from .plots import COLOURS, LABELS, METHOD_COLOURS, STYLE, number
 
 WIDTH = 100  # columns of a terminal that every table fits into
 
@@ -89,10 +89,13 @@ def _plot(result: dict, path: Path) -> None:
         figure, axes = plt.subplots(1, len(parts), figsize=(7 if len(parts) == 1 else 5 * len(parts), 4), squeeze=False)
         for axis, part in zip(axes[0], parts):
             rows = [row for row in result["rows"] if row.get("part") == part]
-            for method in dict.fromkeys(row["method"] for row in rows):
+            methods = list(dict.fromkeys(row["method"] for row in rows))
+            taken = {METHOD_COLOURS.get(method) for method in methods}
+            free = iter(colour for colour in COLOURS if colour not in taken)
+            for method in methods:
                 points = sorted((r["sparsity"], r["perplexity"], r["deviation"]) for r in rows if r["method"] == method)
                 levels, values, deviations = zip(*points)
-                colour = METHOD_COLOURS.get(method)
+                colour = METHOD_COLOURS.get(method) or next(free, None)
                 label = LABELS.get(method, method)
                 line = axis.plot(levels, values, marker="o", markersize=4, color=colour, label=label)
                 low = [v * math.exp(-d) for v, d in zip(values, deviations)]

@@ -10,7 +10,7 @@ import matplotlib.pyplot as plt  # noqa: E402
 import numpy as np  # noqa: E402
 
 # Okabe and Ito's colours, which colour-blind readers can tell apart.
-BLUE, ORANGE, GREEN, RED, GREY, PINK = "#0072B2", "#E69F00", "#009E73", "#D55E00", "#666666", "#CC79A7"
+COLOURS = BLUE, ORANGE, GREEN, RED, GREY, PINK = "#0072B2", "#E69F00", "#009E73", "#D55E00", "#666666", "#CC79A7"
 METHOD_COLOURS = {"mama": BLUE, "magnitude": GREY, "wanda": ORANGE, "sparsegpt": GREEN, "alps": PINK}
 LABELS = {"mama": "MAMA", "magnitude": "magnitude", "wanda": "Wanda", "sparsegpt": "SparseGPT", "alps": "ALPS"}
 
