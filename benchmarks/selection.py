@@ -93,7 +93,7 @@ def measure_wire(task: dict) -> dict:
 
 def main() -> None:
     args = parser(__doc__).parse_args()
-    size, repeats = 100_000_000, 7 if args.quick else 15
+    size, repeats = 100_000_000, 12 if args.quick else 20
     rows = []
     for method in METHODS:
         task = {"method": method, "size": size, "seed": args.seed, "repeats": 1 if method == "torch.sort" else repeats}
