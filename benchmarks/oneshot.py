@@ -95,15 +95,15 @@ def peak_bytes(model, dense, rows, method: str) -> int:
     return meter.peak
 
 
-def memory_bound(model, rows) -> int:
-    """Model + 3 x its largest block + two streams of hidden states over the calibration tokens, bytes."""
+def memory_bound(model, rows, streams: int = 2) -> int:
+    """Model + 3 x its largest block + `streams` of hidden states over the calibration tokens, bytes."""
     def size(module):
         return sum(p.numel() * p.element_size() for p in module.parameters())
 
     element = next(model.parameters()).element_size()
     hidden = model.config.get_text_config().hidden_size
     largest = max(size(block) for _, block in find_blocks(model))
-    return size(model) + 3 * largest + 2 * rows.numel() * hidden * element
+    return size(model) + 3 * largest + streams * rows.numel() * hidden * element
 
 
 class Checkpoint:
@@ -142,8 +142,7 @@ class Checkpoint:
         rows = self.calibration(0)[:64]  # the meter slows every operation down
         self._memory = {m: peak_bytes(self._model, self._dense, rows, m) for m in ("sparsegpt", "mama", "budget")}
         self._memory["bound"] = memory_bound(self._model, rows)
-        element = next(self._model.parameters()).element_size()
-        self._memory["stream"] = rows.numel() * self._model.config.get_text_config().hidden_size * element
+        self._memory["bound_one_stream"] = memory_bound(self._model, rows, streams=1)
 
     def results(self) -> list[dict]:
         vocabulary = self._model.config.get_text_config().vocab_size
@@ -185,7 +184,7 @@ def summary(results: list[dict]) -> dict:
         "peak_memory_ratio": max((m["mama"] / m["bound"] for m in memory), default=None),
         "peak_memory_sparsegpt": max((m["sparsegpt"] / m["bound"] for m in memory), default=None),
         "peak_memory_budget": max((m["budget"] / m["bound"] for m in memory), default=None),
-        "peak_memory_one_stream": max((m["mama"] / (m["bound"] - m["stream"]) for m in memory), default=None),
+        "peak_memory_one_stream": max((m["mama"] / m["bound_one_stream"] for m in memory), default=None),
         **{f"mean_excess_{method}": value for method, value in means.items()},
         **{f"mean_{key}_{method}": value for key, by_method in times.items() for method, value in by_method.items()},
     }

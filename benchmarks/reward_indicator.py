@@ -29,12 +29,12 @@ from mama_trl.oneshot import prune
 from mama_trl.oneshot.compare import dense_state
 from mama_trl.oneshot.factors import weights_and_biases
 from mama_trl.oneshot.recorded import indicator_options, recorded, shared_by
-from mama_trl.pipeline import DataConfig, Run, RunConfig, _grpo_arguments
+from mama_trl.oneshot.sensitivity import default_blend
+from mama_trl.pipeline import DataConfig, Run, RunConfig, grpo_arguments
 from mama_trl.targets import find_targets
 
 LEVELS = (0.5, 0.7, 0.8)
 INDICATORS = ("magnitude", "activation", "weights and biases", "sensitivity", "reward")
-BLEND = 0.6
 
 
 def rewarded(run: Run, folder: str):
@@ -44,7 +44,7 @@ def rewarded(run: Run, folder: str):
     prompts = Dataset.from_list([{"prompt": p, "answer": a} for p, a in run.sums().train])
     set_seed(run.config.seed)
     trainer = MamaGRPOTrainer(
-        run.load("sft"), [arithmetic.correct], args=_grpo_arguments(run), train_dataset=prompts,
+        run.load("sft"), [arithmetic.correct], args=grpo_arguments(run), train_dataset=prompts,
         processing_class=run.tokenizer(),
     )
     trainer.train()
@@ -65,7 +65,7 @@ def ways(targets, scores: dict, sparsity: float) -> list[tuple[str, str, dict]]:
         found.append(("dropped", indicator, {**options, "redistribution": "none"}))
         found.append(("redistributed", indicator, options))
     for name in ("weights and biases", "sensitivity", "reward"):
-        shares = shared_by(scores[name], targets, sparsity, BLEND)
+        shares = shared_by(scores[name], targets, sparsity, default_blend(sparsity))
         found.append(("budget", name, {"layer_sparsity": shares}))
     return [*found, ("budget", "uniform", {"budget": "uniform"})]
 

@@ -286,7 +286,7 @@ class MamaCallback(TrainerCallback):
 
     def _watch_inputs(self, step: int) -> None:
         """Captures inputs only before a mask update that will need them."""
-        wanted = self.calibration is None and self.config.needs_calibration and step < self.schedule.last
+        wanted = step < self.schedule.last and self.calibration is None and self.config.needs_calibration
         self._capture.start() if wanted else self._capture.stop()
 
     def _update(self, sparsity: float, optimizer) -> None:

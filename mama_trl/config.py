@@ -145,17 +145,16 @@ class MamaConfig:
         if group and self.sparsity > 0:
             self.sparsity = 1.0 - group[0] / group[1]
         check_choice(self.scope, SCOPES, "scope")
-        indicators = parse_indicators(self.indicators)
+        parse_indicators(self.indicators)
         check_choice(self.budget, BUDGETS, "budget")
         check_choice(self.mask_schedule, SCHEDULES, "mask_schedule")
         check_choice(self.redistribution, REDISTRIBUTIONS, "redistribution")
-        if self.scope == "global" and self.sparsity > 0:
-            if self.redistribution != "none" or "activation" in indicators:
-                raise MamaError(
-                    "`scope` is 'global', which needs all scores at once, while activations and redistribution go "
-                    "block by block: set `redistribution` to none and leave activation out of `indicators`, or use "
-                    "scope matrix with budget sensitivity, which shares the sparsity among the matrices too."
-                )
+        if self.scope == "global" and self.sparsity > 0 and self.needs_calibration:
+            raise MamaError(
+                "`scope` is 'global', which needs all scores at once, while activations and redistribution go block by "
+                "block: set `redistribution` to none and leave activation out of `indicators`, or use scope matrix "
+                "with budget sensitivity, which shares the sparsity among the matrices too."
+            )
         for name in self.statistics:
             check_choice(name, STATISTICS, "statistics")
         if not 0.0 <= self.budget_blend <= 1.0:

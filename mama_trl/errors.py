@@ -1,4 +1,4 @@
-"""The one exception a user is meant to read."""
+"""What a user is meant to read: the one exception, and warnings that are said once."""
 
 import logging
 from functools import lru_cache

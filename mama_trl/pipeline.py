@@ -217,7 +217,7 @@ def check_arguments(run: Run) -> None:
     """Builds every stage's arguments once, so that a mistake shows before any compute is spent."""
     _sft_arguments(run, "pretrain")
     _sft_arguments(run, "sft")
-    _grpo_arguments(run)
+    grpo_arguments(run)
     _distill_arguments(run, "distill")
     LlamaConfig(**run.config.model)
 
@@ -349,7 +349,7 @@ def _supervised(run: Run, stage: str, label: str, model, task_share: float) -> d
     return _finish(run, stage, trainer, loss=loss, **run.evaluate(trainer.model))
 
 
-def _grpo_arguments(run: Run) -> MamaGRPOConfig:
+def grpo_arguments(run: Run) -> MamaGRPOConfig:
     return run.arguments(
         MamaGRPOConfig, "grpo", run.config.grpo, sparsity=run.config.sparsity, logging_steps=1,
         max_completion_length=4, lr_scheduler_type="constant_with_warmup", warmup_steps=2,
@@ -359,7 +359,7 @@ def _grpo_arguments(run: Run) -> MamaGRPOConfig:
 def _grpo(run: Run, label: str) -> dict:
     prompts = Dataset.from_list([{"prompt": p, "answer": a} for p, a in run.sums().train])
     trainer = MamaGRPOTrainer(
-        run.load("sft"), [arithmetic.correct], args=_grpo_arguments(run), train_dataset=prompts,
+        run.load("sft"), [arithmetic.correct], args=grpo_arguments(run), train_dataset=prompts,
         processing_class=run.tokenizer(), calibration=run.calibration(),
     )
     history = _train(trainer, label)

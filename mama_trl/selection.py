@@ -100,9 +100,10 @@ def _bin_of(histogram: Tensor, keep: int) -> tuple[int, int, int]:
 
 def _reached(counts: Tensor, keep: int | Tensor) -> tuple[Tensor, Tensor]:
     """Last position from which on there are `keep` counts, and how many counts are behind it; both (1,)."""
-    behind = counts.flip(0).cumsum(0)
-    place = torch.searchsorted(behind, torch.as_tensor(keep, device=counts.device).view(1))
-    return len(counts) - 1 - place, (behind - counts.flip(0)).index_select(0, place)
+    own = counts.flip(0)
+    reached = own.cumsum(0)
+    place = torch.searchsorted(reached, torch.as_tensor(keep, device=counts.device).view(1))
+    return len(counts) - 1 - place, (reached - own).index_select(0, place)
 
 
 def _ties_of(parts: list[Tensor], cut: Cut, group: ranks.Group) -> list[int]:

@@ -46,8 +46,7 @@ class Target:
     @property
     def matrix(self) -> Tensor:
         """(out, in) view of the weight: writing to it writes to the parameter."""
-        weight = self.parameter.data
-        return self.oriented(weight if self.expert is None else weight[self.expert])
+        return self.own(self.parameter.data)
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -75,6 +74,10 @@ class Target:
             return None
         bias = getattr(self.module, self.bias_attribute)
         return bias if self.expert is None else bias.data[self.expert]
+
+    def own(self, values: Tensor) -> Tensor:
+        """(out, in) view of this target's part of a tensor in its parameter's layout."""
+        return self.oriented(values if self.expert is None else values[self.expert])
 
     def oriented(self, values: Tensor) -> Tensor:
         """Turns a tensor between parameter layout and (out, in); its own inverse."""

@@ -66,7 +66,7 @@ def mama(
         if iteration < ITERATIONS and group is None and not by_row:
             mask = _roughly(score, kept_count(score.numel(), sparsity * ramp))
         else:
-            mask = matrix_mask(score, sparsity * ramp if by_row else sparsity, group, by_row)
+            mask = matrix_mask(score, sparsity * ramp, group, by_row)  # the ramp has ended by the last iteration
         sparse = wish * mask
         dual = wish - sparse
         if iteration < ITERATIONS:

@@ -52,7 +52,7 @@ def _statistics(folder: str, targets: list[Target]) -> dict[str, dict[str, Tenso
                     f"{list(whole)}: it belongs to another model; delete it."
                 )
             values = reader.read(f"{indicator}/{target.parameter_name}", 0, target.parameter.numel()).view(whole)
-            values = _of(target, values).float().to(target.parameter.device)
+            values = target.own(values).float().to(target.parameter.device)
             found.setdefault(indicator, {})[target.name] = values.sqrt() if indicator == "reward" else values
     return found
 
@@ -70,23 +70,18 @@ def _curvature(folder: str, model: nn.Module, targets: list[Target]) -> dict[str
         raise MamaError(f"{path} cannot be read ({type(error).__name__}): delete it to prune without it.") from None
     # The order in which the Trainer hands parameters to its optimizer: with weight decay first, then the others.
     decayed = set(Trainer.get_decay_parameter_names(None, model))
-    names = sorted((n for n, _ in model.named_parameters()), key=lambda n: n not in decayed)
     parameters = dict(model.named_parameters())
+    names = sorted(parameters, key=lambda name: name not in decayed)
     moments = {name: state.get(i, {}).get("exp_avg_sq") for name, i in zip(names, order)}
     if len(order) != len(names) or any(
         moment is not None and moment.shape != parameters[name].shape for name, moment in moments.items()
     ):
         raise MamaError(f"{path} holds another model's or another trainer's optimizer: delete it to prune without it.")
     found = {
-        t.name: indicators.curvature(t.matrix.detach(), _of(t, moments[t.parameter_name]).to(t.parameter.device))
+        t.name: indicators.curvature(t.matrix.detach(), t.own(moments[t.parameter_name]).to(t.parameter.device))
         for t in targets if moments.get(t.parameter_name) is not None
     }
     return {"curvature": found}
-
-
-def _of(target: Target, values: Tensor) -> Tensor:
-    """(out, in) of a parameter's values."""
-    return target.oriented(values if target.expert is None else values[target.expert])
 
 
 def indicator_options(

@@ -56,10 +56,7 @@ def sensitivities(
             parameter.requires_grad_(required)
             parameter.grad = gradient
         model.train(training)
-    return {
-        t.name: t.oriented(totals[id(t.parameter)] if t.expert is None else totals[id(t.parameter)][t.expert])
-        for t in targets
-    }
+    return {t.name: t.own(totals[id(t.parameter)]) for t in targets}
 
 
 def default_blend(sparsity: float) -> float:

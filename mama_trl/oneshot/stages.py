@@ -137,14 +137,14 @@ class _Walk:
         # The first stage's inputs need no pruned layer of this segment, so it is measured before the dense stream
         # moves on: then the stream before the segment need not be kept.
         early = segment and segment[0].writer is None
-        found = self._measure(segment[0], {self._at: self._dense}) if early else None
+        found = self._measured(segment[0], {self._at: self._dense}) if early else None
         streams = self._move_dense(segment, end.place if end else OUTPUT)
         inputs: list[Tensor] = []
         if restore:
             restore()
         for number, stage in enumerate(segment):
             if found is None:
-                found = self._measure(stage, streams, inputs if stage is end else None)
+                found = self._measured(stage, streams, inputs if stage is end else None)
             visit(stage.targets, *found)
             found = None
             later = {place for other in segment[number + 1 :] for place in (other.place, other.source)}
@@ -189,15 +189,19 @@ class _Walk:
                 handle.remove()
         return {**streams, end: self._dense}
 
-    def _measure(self, stage: Stage, streams: dict[str, list[Tensor]], kept: Optional[list[Tensor]] = None):
-        runs = [lambda i=i: self._run(self._pruned[i]) for i in range(len(self._pruned))]
-        return _measure(self._block, stage, runs, streams, kept)
+    def _measured(self, stage: Stage, streams: dict[str, list[Tensor]], kept: Optional[list[Tensor]] = None):
+        return _measure(self._block, stage, self._run, self._pruned, streams, kept)
 
 
 def _measure(
-    block: nn.Module, stage: Stage, runs: list, streams: dict[str, list[Tensor]], kept: Optional[list[Tensor]] = None
-):
-    """(grams, goals) of one stage; each pass over a batch ends as soon as the stage has been seen.
+    block: nn.Module,
+    stage: Stage,
+    run: Callable[[Tensor], Tensor],
+    pruned: list[Tensor],
+    streams: dict[str, list[Tensor]],
+    kept: Optional[list[Tensor]] = None,
+) -> tuple[dict[str, Gram], dict[str, Goal]]:
+    """(grams, goals) of one stage; each pass over a batch of `pruned` ends as soon as the stage has been seen.
 
     The writer's inputs are appended to `kept`.
     """
@@ -233,9 +237,9 @@ def _measure(
         elif stage.last is not None:
             handles.append(stage.last.register_forward_pre_hook(stop))
         try:
-            for i, run in enumerate(runs):
+            for i, states in enumerate(pruned):
                 try:
-                    seen["before"] = run()
+                    seen["before"] = run(states)
                 except _Stop:
                     pass
                 if kept is not None:
