@@ -17,9 +17,10 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import math
 
 from benchmarks.common import parser, report
-from mama_trl.evaluation import blocks, perplexity, read_text
-from mama_trl.oneshot.compare import dense_state, trial
-from mama_trl.scripts.common import load_model, load_tokenizer
+from mama_trl.compare.trial import dense_state, trial
+from mama_trl.evaluation.loading import load_model, load_tokenizer
+from mama_trl.evaluation.perplexity import perplexity
+from mama_trl.evaluation.text import blocks, read_text
 
 DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 LEVELS = (0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.99)

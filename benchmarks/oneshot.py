@@ -38,13 +38,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import mama_trl
-from mama_trl.evaluation import blocks, perplexity, read_text
-from mama_trl.oneshot import METHODS, prune
-from mama_trl.oneshot.compare import dense_state, summarise, trial
-from mama_trl.oneshot.sensitivity import sensitivity_budget
+from mama_trl.compare.trial import dense_state, summarise, trial
+from mama_trl.evaluation.loading import load_model, load_tokenizer
+from mama_trl.evaluation.perplexity import perplexity
+from mama_trl.evaluation.text import blocks, read_text
+from mama_trl.indicators.calibration_gradients import sensitivity_budget
+from mama_trl.model.blocks import find_blocks
+from mama_trl.pruning.prune import METHODS, prune
 from mama_trl.report.plots import LABELS, METHOD_COLOURS, STYLE, number, plt
-from mama_trl.scripts.common import load_model, load_tokenizer
-from mama_trl.targets import find_blocks
 
 DATA = Path(__file__).resolve().parents[1] / ".." / "shared" / "data"
 MODELS = ("stories260K", "babyllama-tok105")

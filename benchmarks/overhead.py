@@ -46,7 +46,7 @@ def measure(task: dict) -> dict:
     from transformers import Trainer, TrainerCallback, TrainingArguments
 
     from mama_trl import MamaCallback, MamaConfig
-    from mama_trl.targets import find_targets
+    from mama_trl.model.targets import find_targets
 
     class Clock(TrainerCallback):
         def __init__(self):

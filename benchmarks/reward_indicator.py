@@ -23,15 +23,17 @@ from datasets import Dataset
 from transformers.trainer_utils import set_seed
 
 from benchmarks.common import parser, report
+from mama_trl.compare.trial import dense_state
 from mama_trl.demo import arithmetic
-from mama_trl.grpo import MamaGRPOTrainer
-from mama_trl.oneshot import prune
-from mama_trl.oneshot.compare import dense_state
-from mama_trl.oneshot.factors import weights_and_biases
-from mama_trl.oneshot.recorded import indicator_options, recorded, shared_by
-from mama_trl.oneshot.sensitivity import default_blend
-from mama_trl.pipeline import DataConfig, Run, RunConfig, grpo_arguments
-from mama_trl.targets import find_targets
+from mama_trl.demo.recipe import DataConfig, RunConfig
+from mama_trl.demo.run import Run
+from mama_trl.demo.stages import grpo_arguments
+from mama_trl.indicators.combine import weights_and_biases
+from mama_trl.indicators.recorded import indicator_options, recorded
+from mama_trl.model.targets import find_targets
+from mama_trl.pruning.prune import prune
+from mama_trl.selection.allocation import default_blend, shared_by
+from mama_trl.training.grpo.trainer import MamaGRPOTrainer
 
 LEVELS = (0.5, 0.7, 0.8)
 INDICATORS = ("magnitude", "activation", "weights and biases", "sensitivity", "reward")

@@ -29,8 +29,8 @@ def select(method: str, scores, keep: int):
     import numpy
     import torch
 
-    from mama_trl.bits import pack_bits
-    from mama_trl.selection import packed_masks
+    from mama_trl.masks.bits import pack_bits
+    from mama_trl.selection.largest import packed_masks
 
     if method == "ours":
         return packed_masks([scores], keep)[0]
@@ -48,7 +48,7 @@ def select(method: str, scores, keep: int):
 def measure(task: dict) -> dict:
     import torch
 
-    from mama_trl.bits import count
+    from mama_trl.masks.bits import count
 
     scores, keep = scores_for(task["size"], task["seed"]), task["size"] // 10
     select(task["method"], scores[:100_000], 10_000)  # imports and thread pools
@@ -74,9 +74,9 @@ def measure_wire(task: dict) -> dict:
     """Two ranks, half of the scores each: bytes handed to collectives for one global selection."""
     from torch import distributed as dist
 
-    from mama_trl import ranks
-    from mama_trl.bits import count
-    from mama_trl.selection import packed_masks
+    from mama_trl.engines import ranks
+    from mama_trl.masks.bits import count
+    from mama_trl.selection.largest import packed_masks
 
     dist.init_process_group("gloo")
     sent = count_bytes()

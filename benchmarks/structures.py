@@ -21,9 +21,10 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-from mama_trl.evaluation import blocks, perplexity, read_text
+from mama_trl.evaluation.perplexity import perplexity
 from mama_trl.evaluation.size import model_bytes
-from mama_trl.oneshot.structures import prune_structures
+from mama_trl.evaluation.text import blocks, read_text
+from mama_trl.pruning.structures.remove import prune_structures
 
 DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 MODELS = ("stories260K", "babyllama-tok105")

@@ -6,16 +6,16 @@ __version__ = "0.1.0"
 
 # Imported on first use, so that `mama --help` does not wait for torch.
 _EXPORTS = {
-    "MamaCallback": "callback",
+    "MamaCallback": "training.callback",
     "MamaConfig": "config",
-    "MamaDistillationConfig": "distillation",
-    "MamaDistillationTrainer": "distillation",
+    "MamaDistillationConfig": "training.distillation.config",
+    "MamaDistillationTrainer": "training.distillation.trainer",
     "MamaError": "errors",
-    "MamaGRPOConfig": "grpo",
-    "MamaGRPOTrainer": "grpo",
-    "MaskSet": "masks",
-    "prune": "oneshot",
-    "prune_structures": "oneshot",
+    "MamaGRPOConfig": "training.grpo.config",
+    "MamaGRPOTrainer": "training.grpo.trainer",
+    "MaskSet": "masks.maskset",
+    "prune": "pruning.prune",
+    "prune_structures": "pruning.structures.remove",
 }
 __all__ = sorted(_EXPORTS)
 

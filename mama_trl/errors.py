@@ -15,3 +15,8 @@ class MamaError(ValueError):
 def warn_once(logger: logging.Logger, message: str) -> None:
     """Logs a warning that is worth saying, and not worth saying at every mask update or layer."""
     logger.warning(message)
+
+
+def first_line(error: Exception) -> str:
+    text = str(error).strip()
+    return text.splitlines()[0] if text else type(error).__name__

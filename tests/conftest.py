@@ -125,6 +125,6 @@ def make_model():
 
 @pytest.fixture
 def rows(tokenizer, text):
-    from mama_trl.evaluation import blocks
+    from mama_trl.evaluation.text import blocks
 
     return blocks(tokenizer, text, 32)

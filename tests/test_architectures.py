@@ -7,13 +7,17 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from mama_trl.calibration import Gram, blockwise, collect
+from mama_trl.calibration.blockwise import blockwise
+from mama_trl.calibration.grams import collect
 from mama_trl.errors import MamaError, warn_once
-from mama_trl.evaluation import perplexity
-from mama_trl.masks import MaskSet
-from mama_trl.oneshot import METHODS, prune, prune_structures
-from mama_trl.selection import kept_count
-from mama_trl.targets import find_targets, fused_experts
+from mama_trl.evaluation.perplexity import perplexity
+from mama_trl.masks.maskset import MaskSet
+from mama_trl.model.experts import fused_experts
+from mama_trl.model.targets import find_targets
+from mama_trl.pruning.prune import METHODS, prune
+from mama_trl.pruning.structures.remove import prune_structures
+from mama_trl.selection.threshold import kept_count
+from mama_trl.solvers.problem import Gram
 
 from .conftest import DENSE, MIXTURES
 

@@ -3,9 +3,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mama_trl import budget, indicators
-from mama_trl.schedule import Schedule
-from mama_trl.selection import kept_count
+from mama_trl.indicators.combine import combine
+from mama_trl.indicators.formulas import activation, curvature, movement, sensitivity
+from mama_trl.selection.allocation import blended, global_densities
+from mama_trl.selection.threshold import kept_count
+from mama_trl.training.schedule import Schedule
 
 
 @settings(max_examples=100, deadline=None)
@@ -16,7 +18,7 @@ from mama_trl.selection import kept_count
 )
 def test_blended_budget_keeps_the_exact_total(matrices, sparsity, blend):
     sizes, densities = [m[0] for m in matrices], [m[1] for m in matrices]
-    shares = budget.blended(sizes, densities, sparsity, blend)
+    shares = blended(sizes, densities, sparsity, blend)
     kept = [kept_count(size, share) for size, share in zip(sizes, shares)]
     assert all(1 <= k <= size for k, size in zip(kept, sizes))
     # Each matrix keeps at least one connection, even where the total would be smaller than their number.
@@ -25,7 +27,7 @@ def test_blended_budget_keeps_the_exact_total(matrices, sparsity, blend):
 
 def test_global_densities_by_hand():
     scores = [torch.tensor([9.0, 8.0, 7.0, 1.0]), torch.tensor([6.0, 2.0, 2.0, 2.0])]
-    assert budget.global_densities(scores, 0.5) == [0.75, 0.25]
+    assert global_densities(scores, 0.5) == [0.75, 0.25]
 
 
 def test_cubic_schedule_starts_pruning_at_once_and_ends_at_the_target():
@@ -44,15 +46,15 @@ def test_oneshot_schedule_updates_once():
 
 def test_indicators_by_hand():
     weight, gradient = torch.tensor([[2.0, -3.0]]), torch.tensor([[0.5, 0.5]])
-    assert indicators.activation(weight, torch.tensor([10.0, 1.0])).tolist() == [[20.0, 3.0]]
-    assert indicators.sensitivity(weight, gradient).tolist() == [[1.0, 1.5]]
-    assert indicators.movement(weight, gradient).tolist() == [[-1.0, 1.5]]
-    assert indicators.curvature(weight, torch.tensor([[4.0, 1.0]])).tolist() == [[8.0, 9.0]]
+    assert activation(weight, torch.tensor([10.0, 1.0])).tolist() == [[20.0, 3.0]]
+    assert sensitivity(weight, gradient).tolist() == [[1.0, 1.5]]
+    assert movement(weight, gradient).tolist() == [[-1.0, 1.5]]
+    assert curvature(weight, torch.tensor([[4.0, 1.0]])).tolist() == [[8.0, 9.0]]
 
 
 def test_combination_is_a_geometric_mean_free_of_scale():
     a, b = torch.tensor([1.0, 4.0, 16.0]), torch.tensor([9.0, 1.0, 4.0])
-    both = indicators.combine({"a": a, "b": b}, {"a": 1.0, "b": 1.0})
-    scaled = indicators.combine({"a": a * 1e-9, "b": b * 1e6}, {"a": 1.0, "b": 1.0})
+    both = combine({"a": a, "b": b}, {"a": 1.0, "b": 1.0})
+    scaled = combine({"a": a * 1e-9, "b": b * 1e6}, {"a": 1.0, "b": 1.0})
     assert torch.allclose(both / both[0], (a * b).sqrt() / 3)
     assert torch.allclose(both, scaled)

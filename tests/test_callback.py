@@ -9,7 +9,7 @@ from transformers import EarlyStoppingCallback, Trainer, TrainerCallback, Traini
 
 from mama_trl import MamaCallback, MamaConfig, MamaError, MaskSet
 from mama_trl.errors import warn_once
-from mama_trl.targets import find_targets
+from mama_trl.model.targets import find_targets
 
 
 class ZeroCheck(TrainerCallback):
@@ -114,8 +114,8 @@ def test_statistics_by_hand(make_model, rows, tmp_path):
 def test_a_loss_scale_changes_no_statistic(make_model):
     """What DeepSpeed's fp16 shows before its step: gradients times the loss scale, in half precision, whose norm fp16
     itself could not hold."""
-    from mama_trl.shards import shards_of
-    from mama_trl.trajectory import Trajectory
+    from mama_trl.engines.detect import shards_of
+    from mama_trl.indicators.trajectory import Trajectory
 
     found = []
     for scale, dtype in ((1.0, torch.float32), (2.0**16, torch.float32), (2.0**24, torch.float16)):
@@ -234,11 +234,11 @@ from pathlib import Path
 import torch
 from transformers import TrainerCallback
 sys.path.insert(0, {root!r})
-from mama_trl import MamaConfig, storage
+from mama_trl import MamaConfig, folders
 from tests.conftest import tiny
 from tests.test_callback import train
 
-write, saves = storage.write_atomically, [0]
+write, saves = folders.write_atomically, [0]
 
 def dying(path, work):
     if "checkpoint-4" in str(path):
@@ -250,7 +250,7 @@ def dying(path, work):
             os.kill(os.getpid(), 9)
     write(path, work)
 
-for name in ("storage", "inputs", "callback"):
+for name in ("masks.files", "training.inputs", "training.callback"):
     setattr(sys.modules["mama_trl." + name], "write_atomically", dying)
 rows = torch.randint(2, 384, (64, 24), generator=torch.Generator().manual_seed(0))
 train(tiny("llama"), rows, {folder!r}, MamaConfig(sparsity=0.8, mask_start=5), save_strategy="steps", save_steps=2,
@@ -265,7 +265,7 @@ def test_kill_9_while_saving_leaves_a_whole_checkpoint(make_model, tmp_path, cap
     import subprocess
     import sys
 
-    from mama_trl.checkpoints import cut_off, newest_whole
+    from mama_trl.training.checkpoints import cut_off, newest_whole
 
     root = str(Path(__file__).resolve().parents[1])
     code = KILLED_SAVE.format(root=root, when=when, half=half, folder=str(tmp_path))
@@ -337,7 +337,7 @@ def test_a_push_carries_masks_card_and_weights(make_model, tokenizer, rows, tmp_
     """The folder as it stands when the Trainer uploads it."""
     from trl import SFTConfig, SFTTrainer
 
-    from mama_trl.hub import connect
+    from mama_trl.training.integrations import connect
 
     uploaded = {}
 

@@ -8,9 +8,10 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from mama_trl.cli import COMMANDS, TRAINING, main
 from mama_trl.errors import MamaError
+from mama_trl.evaluation import loading
 from mama_trl.evaluation.rewards import accuracy, last_number
-from mama_trl.masks import MaskSet
-from mama_trl.scripts import common, data, training
+from mama_trl.masks.maskset import MaskSet
+from mama_trl.scripts import data, launch, training_parser
 
 from .tiny_tokenizer import tiny_tokenizer
 
@@ -96,7 +97,7 @@ def test_unknown_command_suggests_the_nearest(capsys):
     (["--sparsty", "0.5"], "--sparsty"),
 ])
 def test_prune_refuses_before_it_starts(folder, capsys, monkeypatch, change, said):
-    monkeypatch.setattr(common, "load_model", lambda *a: pytest.fail("the model was loaded"))
+    monkeypatch.setattr(loading, "load_model", lambda *a: pytest.fail("the model was loaded"))
     base = ["prune", folder / "model", "--calibration", folder / "train.txt", "--output", folder / "new"]
     line = refused(capsys, *base, *(item.format(root=folder) for item in change))
     assert said in line
@@ -179,9 +180,9 @@ def test_levels_writes_table_and_plot(folder, tmp_path, capsys):
 
 def test_ablation_changes_one_part_at_a_time(folder, tmp_path, capsys):
     """With statistics of a run beside the model, the reward stands against the fixed indicator."""
-    from mama_trl.shards import shards_of
-    from mama_trl.targets import find_targets
-    from mama_trl.trajectory import Trajectory
+    from mama_trl.engines.detect import shards_of
+    from mama_trl.indicators.trajectory import Trajectory
+    from mama_trl.model.targets import find_targets
 
     model = AutoModelForCausalLM.from_pretrained(folder / "model")
     source = tmp_path / "model"
@@ -266,7 +267,7 @@ def test_flags_override_the_config(tmp_path):
 
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text("sparsity: 0.25\nlearning_rate: 3e-5\nmask_interval: 7\nuse_cpu: true\n")
-    config, _, args, *_ = training.parse(sft.make_parser(), ["--config", str(recipe), "--sparsity", "0.75"])
+    config, _, args, *_ = training_parser.parse(sft.make_parser(), ["--config", str(recipe), "--sparsity", "0.75"])
     assert (config.sparsity, config.mask_interval, args.learning_rate) == (0.75, 7, 3e-5)
 
 
@@ -284,13 +285,13 @@ def test_launch_arguments(tmp_path):
 
     parser = sft.make_parser()
     argv = ["--config", "x.yaml", "--accelerate_config", "ddp", "--num_processes", "2", "--sparsity", "0.5"]
-    got = training.launch_arguments(parser, "ddp", ["--num_processes", "2"], argv)
+    got = launch.launch_arguments(parser, "ddp", ["--num_processes", "2"], argv)
     assert got[0] == "--config_file" and got[1].endswith("accelerate_configs/ddp.yaml")
     assert got[2:] == [
         "--num_processes", "2", "--module", "mama_trl.cli", "sft", "--config", "x.yaml", "--sparsity", "0.5",
     ]
     with pytest.raises(MamaError, match="neither a file nor one of"):
-        training.accelerate_file("zero9")
+        launch.accelerate_file("zero9")
 
 
 def test_pretrain_from_scratch_then_resume(folder, tmp_path, capsys):

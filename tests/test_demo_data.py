@@ -5,7 +5,10 @@ import torch
 
 from mama_trl import MamaError
 from mama_trl.demo import arithmetic, corpus
-from mama_trl.evaluation import blocks, perplexity, read_text, sparsity_by_kind, task_accuracy
+from mama_trl.evaluation.perplexity import perplexity
+from mama_trl.evaluation.size import sparsity_by_kind
+from mama_trl.evaluation.tasks import task_accuracy
+from mama_trl.evaluation.text import blocks, read_text
 
 
 def test_corpus_is_split_by_file_and_repeatable():

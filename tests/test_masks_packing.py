@@ -2,9 +2,10 @@ import pytest
 import torch
 
 from mama_trl.errors import MamaError
-from mama_trl.masks import MaskSet, pack_bits, unpack_bits
-from mama_trl.packing import load_packed, save_packed
-from mama_trl.targets import find_targets
+from mama_trl.export.packed import load_packed, save_packed
+from mama_trl.masks.bits import pack_bits, unpack_bits
+from mama_trl.masks.maskset import MaskSet
+from mama_trl.model.targets import find_targets
 
 
 @pytest.mark.parametrize("shape", [(1,), (8,), (3, 5), (16, 16)])

@@ -3,23 +3,26 @@ import sys
 import pytest
 import torch
 
-from mama_trl.calibration import Gram
+from mama_trl.calibration import plan, stages
+from mama_trl.calibration.plan import OUTPUT
+from mama_trl.calibration.stages import staged
 from mama_trl.errors import MamaError
-from mama_trl.evaluation import perplexity
-from mama_trl.oneshot import METHODS, plan, prune, stages
-from mama_trl.oneshot.alps import alps, next_penalty
-from mama_trl.oneshot.exchange import exchange, objective
-from mama_trl.oneshot.factors import factors, weights_and_biases
-from mama_trl.oneshot.magnitude import magnitude
-from mama_trl.oneshot.mama import mama
-from mama_trl.oneshot.plan import OUTPUT
-from mama_trl.oneshot.sensitivity import default_blend, sensitivities, sensitivity_budget
-from mama_trl.oneshot.sparsegpt import BLOCK, sparsegpt
-from mama_trl.oneshot.stages import Goal, staged
-from mama_trl.oneshot.wanda import wanda
-from mama_trl.redistribution import bias_shift, layer_error, least_squares, mean, unit_diagonal
-from mama_trl.selection import kept_count, row_mask
-from mama_trl.targets import find_targets
+from mama_trl.evaluation.perplexity import perplexity
+from mama_trl.indicators.calibration_gradients import sensitivities, sensitivity_budget
+from mama_trl.indicators.combine import factors, weights_and_biases
+from mama_trl.model.targets import find_targets
+from mama_trl.pruning.prune import METHODS, prune
+from mama_trl.selection.allocation import default_blend
+from mama_trl.selection.patterns import row_mask
+from mama_trl.selection.threshold import kept_count
+from mama_trl.solvers.alps import alps, next_penalty
+from mama_trl.solvers.exchange import exchange, objective
+from mama_trl.solvers.magnitude import magnitude
+from mama_trl.solvers.mama import mama
+from mama_trl.solvers.problem import Goal, Gram
+from mama_trl.solvers.redistribution import bias_shift, layer_error, least_squares, mean, unit_diagonal
+from mama_trl.solvers.sparsegpt import BLOCK, sparsegpt
+from mama_trl.solvers.wanda import wanda
 
 
 def layer(outputs=12, inputs=16, tokens=400, seed=0):
@@ -449,7 +452,8 @@ def test_every_method_on_every_architecture(make_model, rows, architecture, meth
 
 def test_blockwise_forward_is_the_models_own(make_model, rows):
     """With sparsity 0 the last block's calibration inputs are those of an ordinary forward pass."""
-    from mama_trl.calibration import blockwise, collect
+    from mama_trl.calibration.blockwise import blockwise
+    from mama_trl.calibration.grams import collect
 
     for architecture in ("llama", "gpt2", "opt", "qwen3"):
         model = make_model(architecture).eval()

@@ -7,7 +7,8 @@ import pytest
 import yaml
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from mama_trl import MamaError, MaskSet, pipeline
+from mama_trl import MamaError, MaskSet
+from mama_trl.demo import arithmetic, pipeline
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -34,12 +35,12 @@ def test_the_run_goes_on_after_its_last_finished_stage_and_reports(recipe, monke
     def lengths(completions, **kwargs):
         return [float(len(text) % 2) for text in completions]
 
-    monkeypatch.setattr(pipeline.arithmetic, "correct", lengths)
-    work = pipeline._distill
-    monkeypatch.setattr(pipeline, "_distill", lambda run, label: (_ for _ in ()).throw(KeyboardInterrupt))
+    monkeypatch.setattr(arithmetic, "correct", lengths)
+    work = pipeline.distill
+    monkeypatch.setattr(pipeline, "distill", lambda run, label: (_ for _ in ()).throw(KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
         pipeline.run_pipeline(recipe)
-    monkeypatch.setattr(pipeline, "_distill", work)
+    monkeypatch.setattr(pipeline, "distill", work)
     page = pipeline.run_pipeline(recipe)
     assert "3/7 sft: done before" in capsys.readouterr().out
     report = json.loads((page.parent / "report.json").read_text())

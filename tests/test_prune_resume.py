@@ -15,8 +15,8 @@ from transformers import LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralFo
 
 from mama_trl.cli import main
 from mama_trl.errors import MamaError
-from mama_trl.oneshot import prune
-from mama_trl.oneshot.resume import FOLDER, Unfinished
+from mama_trl.pruning.prune import prune
+from mama_trl.pruning.resume import FOLDER, Unfinished
 
 from .tiny_tokenizer import tiny_tokenizer
 

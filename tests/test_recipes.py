@@ -9,8 +9,8 @@ import yaml
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
 from mama_trl.cli import main
-from mama_trl.masks import MaskSet
-from mama_trl.oneshot import prune
+from mama_trl.masks.maskset import MaskSet
+from mama_trl.pruning.prune import prune
 
 from .tiny_tokenizer import tiny_tokenizer
 

@@ -4,13 +4,15 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
-from mama_trl import MamaConfig, MamaError, indicators
+from mama_trl import MamaConfig, MamaError
 from mama_trl.cli import main
-from mama_trl.masks import MaskSet
-from mama_trl.oneshot import prune
-from mama_trl.oneshot.recorded import indicator_options, recorded, shared_by
-from mama_trl.selection import kept_count
-from mama_trl.targets import find_targets
+from mama_trl.indicators.formulas import curvature
+from mama_trl.indicators.recorded import indicator_options, recorded
+from mama_trl.masks.maskset import MaskSet
+from mama_trl.model.targets import find_targets
+from mama_trl.pruning.prune import prune
+from mama_trl.selection.allocation import shared_by
+from mama_trl.selection.threshold import kept_count
 
 from .test_callback import train
 from .tiny_tokenizer import tiny_tokenizer
@@ -36,7 +38,7 @@ def test_indicators_are_those_of_the_run(trained):
     theirs = dict(trainer.model.named_parameters())
     for target in targets:
         moment = trainer.optimizer.state[theirs[target.name]]["exp_avg_sq"]
-        expected = indicators.curvature(target.matrix.detach(), target.oriented(moment))
+        expected = curvature(target.matrix.detach(), target.oriented(moment))
         assert torch.equal(found["curvature"][target.name], expected) and expected.abs().sum() > 0
         sensitivity = target.oriented(mama.trajectory.values["sensitivity"][target.name]).float()
         assert torch.equal(found["sensitivity"][target.name], sensitivity)

@@ -5,9 +5,8 @@ import re
 
 import pytest
 
-from mama_trl.report import write_report
-from mama_trl.report.html import headline
-from mama_trl.report.levels import comparison_table, write_comparison
+from mama_trl.compare.tables import comparison_table, write_comparison
+from mama_trl.report.html import headline, write_report
 from mama_trl.report.plots import PLOTS, number
 from mama_trl.report.summary import rows, summary_table
 

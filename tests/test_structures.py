@@ -11,18 +11,13 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
-from mama_trl.calibration import Gram
 from mama_trl.cli import main
 from mama_trl.errors import MamaError
-from mama_trl.evaluation import perplexity
-from mama_trl.oneshot.structures import (
-    choose_structures,
-    find_units,
-    prune_structures,
-    refit,
-    solve_structures,
-    structure_costs,
-)
+from mama_trl.evaluation.perplexity import perplexity
+from mama_trl.pruning.structures.find import find_units
+from mama_trl.pruning.structures.remove import prune_structures
+from mama_trl.solvers.groups import choose_structures, refit, solve_structures, structure_costs
+from mama_trl.solvers.problem import Gram
 
 from .conftest import DENSE, MIXTURES
 from .tiny_tokenizer import tiny_tokenizer
@@ -144,7 +139,7 @@ def test_the_smaller_model_is_what_its_config_says(make_model, rows, architectur
 @pytest.fixture(scope="module")
 def trained(tokenizer, text):
     """A small Llama after a few dozen steps, so that structures differ in what they do; (make a copy, blocks)."""
-    from mama_trl.evaluation import blocks
+    from mama_trl.evaluation.text import blocks
 
     rows = blocks(tokenizer, text, 32)
     torch.manual_seed(0)

@@ -17,7 +17,7 @@ from mama_trl import (
     MamaGRPOTrainer,
 )
 from mama_trl.demo import arithmetic
-from mama_trl.distillation.losses import forward_kl
+from mama_trl.training.distillation.losses import forward_kl
 from tests.test_callback import ZeroCheck
 
 ARCHITECTURES = ["llama", "gpt2", "qwen3"]

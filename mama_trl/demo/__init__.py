@@ -1,1 +1,1 @@
-"""What the embedded default trains on: real text and a verifiable task that exist on every machine."""
+"""The demo run: text, task and stages that need no network."""

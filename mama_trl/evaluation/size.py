@@ -5,7 +5,7 @@ from pathlib import Path
 
 from torch import nn
 
-from ..targets import find_targets
+from ..model.targets import find_targets
 
 
 def sparsity_by_matrix(model: nn.Module) -> list[dict]:

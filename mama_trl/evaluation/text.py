@@ -1,4 +1,4 @@
-"""Text from a file or a dataset, cut into blocks of token ids."""
+"""Text from a file or a dataset, cut into sequences of token ids."""
 
 import json
 from pathlib import Path
@@ -67,3 +67,28 @@ def blocks(tokenizer, text: str, sequence_length: int, limit: int | None = None,
     if seed is not None:
         rows = rows[torch.randperm(count, generator=torch.Generator().manual_seed(seed))]
     return rows[:limit]
+DATA_FORMATS = {".jsonl": "json", ".json": "json", ".txt": "text", ".parquet": "parquet", ".csv": "csv"}
+
+
+def check_file_name(source: str) -> None:
+    """Raises `MamaError` for a name that can only be a file and is none, before it is looked up on the hub."""
+    path = Path(source).expanduser()
+    looks_local = source.startswith((".", "/", "~")) or path.suffix in DATA_FORMATS
+    if looks_local and not path.exists():
+        raise MamaError(f"{source} does not exist: give a .txt file, a .jsonl file, or a datasets name.")
+
+
+def calibration_rows(tokenizer, source: str, length: int, tokens: int, seed: int):
+    """int64 (n, length) drawn with `seed` from the text in `source`, about `tokens` tokens in all."""
+    from .text import blocks, read_text
+
+    check_file_name(source)
+    return blocks(tokenizer, read_text(source), length, limit=max(1, tokens // length), seed=seed)
+
+
+def heldout_text(source: str) -> str:
+    """Text to measure on: a file, or the test split of a dataset. Raises `MamaError`."""
+    from .text import read_text
+
+    check_file_name(source)
+    return read_text(source, split="test")

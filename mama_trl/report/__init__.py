@@ -1,5 +1,1 @@
-"""report.html and PNG plots from a run's JSON."""
-
-from .html import write_report
-
-__all__ = ["write_report"]
+"""report.json to pictures and one HTML page. Knows nothing of torch."""

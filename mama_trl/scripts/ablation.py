@@ -1,6 +1,6 @@
 """`mama ablation`: what each part of one-shot MAMA is worth."""
 
-from . import common
+from .parser import CommandParser
 
 LEVELS = "0.5,0.7,0.9"
 DESCRIPTION = """Prune a model by MAMA with one part changed at a time, and compare the perplexities.
@@ -13,7 +13,7 @@ each budget. Where a training run left statistics in MODEL/mama, the reward's in
 
 
 def make_parser():
-    parser = common.CommandParser("ablation", DESCRIPTION)
+    parser = CommandParser("ablation", DESCRIPTION)
     parser.add_comparison(LEVELS)
     parser.add_measuring()
     return parser
@@ -26,9 +26,9 @@ def variants(setting, targets, rows, batch_size: int) -> list[tuple[str, str, di
     `options["indicators"]` for a function that gives further options, to be called when the model is dense.
     """
     from ..config import REDISTRIBUTIONS
-    from ..oneshot.factors import weights_and_biases
-    from ..oneshot.recorded import indicator_options, recorded
-    from ..oneshot.sensitivity import sensitivities
+    from ..indicators.calibration_gradients import sensitivities
+    from ..indicators.combine import weights_and_biases
+    from ..indicators.recorded import indicator_options, recorded
 
     statistics = recorded(setting.source, setting.model, targets)
     scores = {"sensitivity": sensitivities(setting.model, rows[::8], targets, batch_size)}
@@ -75,15 +75,15 @@ def variants(setting, targets, rows, batch_size: int) -> list[tuple[str, str, di
 def main(args) -> dict:
     from tqdm import tqdm
 
-    from ..oneshot.compare import summarise, trial
-    from ..oneshot.recorded import shared_by
-    from ..oneshot.sensitivity import default_blend
-    from ..report.levels import write_comparison
-    from ..targets import find_targets
+    from ..compare.comparison import Comparison
+    from ..compare.tables import write_comparison
+    from ..compare.trial import summarise, trial
+    from ..model.targets import find_targets
+    from ..selection.allocation import default_blend, shared_by
     from .levels import parse_levels
 
     levels = parse_levels(args.levels)
-    setting = common.Comparison(args)
+    setting = Comparison(args)
     targets = find_targets(setting.model, experts=True)
     trials: list[dict] = []
     bar = None

@@ -4,8 +4,8 @@ import os
 from pathlib import Path
 from typing import Optional
 
-from ..errors import MamaError
-from .common import DATA_FORMATS, check_file_name, first_line
+from ..errors import MamaError, first_line
+from ..evaluation.text import DATA_FORMATS, check_file_name
 
 
 def load_data(script_args, dataset_args):

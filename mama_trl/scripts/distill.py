@@ -12,32 +12,33 @@ The data is as for `mama sft`. Teacher and student need the same vocabulary."""
 def make_parser():
     from trl import DatasetMixtureConfig, ModelConfig
 
-    from ..distillation import MamaDistillationConfig
-    from . import training
+    from ..training.distillation.config import MamaDistillationConfig
+    from . import training_parser
 
-    types = (MamaDistillationConfig, training.TrainingArguments, ModelConfig, DatasetMixtureConfig)
-    return training.make_parser(types, "distill", DESCRIPTION)
+    types = (MamaDistillationConfig, training_parser.TrainingArguments, ModelConfig, DatasetMixtureConfig)
+    return training_parser.make_parser(types, "distill", DESCRIPTION)
 
 
 def main(training_args, script_args, model_args, dataset_args) -> None:
-    from ..distillation import MamaDistillationTrainer
     from ..errors import MamaError
-    from . import common, data, training
+    from ..evaluation.loading import check_model_source, load_tokenizer
+    from ..training.distillation.trainer import MamaDistillationTrainer
+    from . import data, training
 
     resume = training.check_run(script_args, training_args, model_args)
     if not training_args.teacher_model_name_or_path:
         raise MamaError("`teacher_model_name_or_path` is missing: give the dense model's folder or hub id.")
-    common.check_model_source(training_args.teacher_model_name_or_path)
+    check_model_source(training_args.teacher_model_name_or_path)
     train_data, eval_data = data.prepared(script_args, training_args, dataset_args, completions=True)
     training.model_options(training_args, model_args)
     trainer = MamaDistillationTrainer(
         model_args.model_name_or_path, args=training_args, train_dataset=train_data, eval_dataset=eval_data,
-        processing_class=common.load_tokenizer(model_args.model_name_or_path),
+        processing_class=load_tokenizer(model_args.model_name_or_path),
     )
     training.train(trainer, resume, script_args.dataset_name)
 
 
 def run(argv: list[str]) -> int:
-    from . import training
+    from . import training_parser
 
-    return training.run(make_parser(), main, argv)
+    return training_parser.run(make_parser(), main, argv)

@@ -3,7 +3,8 @@
 import json
 from pathlib import Path
 
-from . import common
+from ..folders import check_output_file
+from .parser import CommandParser, positive
 
 DESCRIPTION = """Measure a saved model on a text.
 
@@ -14,12 +15,12 @@ every position of a block but the first scored. Compare numbers only at the same
 
 
 def make_parser():
-    parser = common.CommandParser("evaluate", DESCRIPTION)
+    parser = CommandParser("evaluate", DESCRIPTION)
     parser.add_argument("model", metavar="MODEL", help="model folder or hub id")
     parser.add_argument(
         "--text", required=True, metavar="FILE", help="held-out text: .txt, .jsonl with `text`, or a datasets name"
     )
-    parser.add_argument("--blocks", type=common.positive, metavar="N", help="only the first N blocks (default: all)")
+    parser.add_argument("--blocks", type=positive, metavar="N", help="only the first N blocks (default: all)")
     parser.add_argument("--json", metavar="FILE", help="also write the numbers here")
     parser.add_measuring()
     return parser
@@ -27,21 +28,24 @@ def make_parser():
 
 def size_of(source: str, model) -> int:
     """Bytes of the weight files, or of the parameters where the model has no local folder."""
-    from ..evaluation import model_bytes
+    from ..evaluation.size import model_bytes
 
     on_disk = model_bytes(source) if Path(source).is_dir() else 0
     return on_disk or sum(p.numel() * p.element_size() for p in model.parameters())
 
 
 def main(args) -> dict:
-    from ..evaluation import blocks, perplexity, sparsity_by_kind
+    from ..evaluation.loading import check_model_source, load_model, load_tokenizer, sequence_length
+    from ..evaluation.perplexity import perplexity
+    from ..evaluation.size import sparsity_by_kind
+    from ..evaluation.text import blocks, heldout_text
 
-    common.check_model_source(args.model)
-    common.check_output_file(args.json)
-    text = common.heldout_text(args.text)
-    length = common.sequence_length(args.model, args.sequence_length)
-    rows = blocks(common.load_tokenizer(args.model), text, length, limit=args.blocks)
-    model = common.load_model(args.model, args.dtype)
+    check_model_source(args.model)
+    check_output_file(args.json)
+    text = heldout_text(args.text)
+    length = sequence_length(args.model, args.sequence_length)
+    rows = blocks(load_tokenizer(args.model), text, length, limit=args.blocks)
+    model = load_model(args.model, args.dtype)
     numbers = {
         "model": args.model,
         "text": args.text,

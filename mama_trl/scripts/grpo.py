@@ -16,18 +16,18 @@ The data has a column `prompt` (or `question`) and, for the reward `accuracy`, `
 def make_parser():
     from trl import DatasetMixtureConfig, ModelConfig
 
-    from ..grpo import MamaGRPOConfig
-    from . import training
+    from ..training.grpo.config import MamaGRPOConfig
+    from . import training_parser
 
     @dataclass
-    class GRPOArguments(training.TrainingArguments):
+    class GRPOArguments(training_parser.TrainingArguments):
         reward_funcs: list[str] = field(
             default_factory=lambda: ["accuracy"],
             metadata={"help": "Rewards: `accuracy` (the last number equals the answer), or dotted import paths."},
         )
 
     types = (MamaGRPOConfig, GRPOArguments, ModelConfig, DatasetMixtureConfig)
-    return training.make_parser(types, "grpo", DESCRIPTION)
+    return training_parser.make_parser(types, "grpo", DESCRIPTION)
 
 
 def reward_functions(names: list[str]) -> list:
@@ -54,8 +54,9 @@ def reward_functions(names: list[str]) -> list:
 
 def main(training_args, script_args, model_args, dataset_args) -> None:
     from ..errors import MamaError
-    from ..grpo import MamaGRPOTrainer
-    from . import common, data, training
+    from ..evaluation.loading import load_tokenizer
+    from ..training.grpo.trainer import MamaGRPOTrainer
+    from . import data, training
 
     resume = training.check_run(script_args, training_args, model_args)
     rewards = reward_functions(script_args.reward_funcs)
@@ -64,7 +65,7 @@ def main(training_args, script_args, model_args, dataset_args) -> None:
     for column, needed in (("prompt", True), ("answer", "accuracy" in script_args.reward_funcs)):
         if needed and column not in columns:
             raise MamaError(f"the dataset has no column `{column}`, only {', '.join(columns)}: rename one.")
-    tokenizer = common.load_tokenizer(model_args.model_name_or_path)
+    tokenizer = load_tokenizer(model_args.model_name_or_path)
     if script_args.chat and tokenizer.chat_template is None:
         raise MamaError(f"`chat` is set, but {model_args.model_name_or_path} has no chat template: leave it out.")
     training.model_options(training_args, model_args)
@@ -76,6 +77,6 @@ def main(training_args, script_args, model_args, dataset_args) -> None:
 
 
 def run(argv: list[str]) -> int:
-    from . import training
+    from . import training_parser
 
-    return training.run(make_parser(), main, argv)
+    return training_parser.run(make_parser(), main, argv)

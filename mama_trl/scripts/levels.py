@@ -1,6 +1,6 @@
 """`mama levels`: methods by sparsity levels, the paper's table."""
 
-from . import common
+from .parser import CommandParser
 
 LEVELS = "0.5,0.6,0.7,0.8,0.9,0.95,0.99"
 DESCRIPTION = """Prune a model by several methods at several sparsities, one-shot, and compare the perplexities.
@@ -12,7 +12,7 @@ CSV and JSON (every trial, and means and deviations over the seeds) and a plot."
 
 
 def make_parser():
-    parser = common.CommandParser("levels", DESCRIPTION)
+    parser = CommandParser("levels", DESCRIPTION)
     parser.add_comparison(LEVELS)
     parser.add_argument(
         "--methods", default="magnitude,wanda,sparsegpt,alps,mama",
@@ -38,17 +38,18 @@ def parse_levels(text: str) -> list[float]:
 def main(args) -> dict:
     from tqdm import tqdm
 
+    from ..compare.comparison import Comparison
+    from ..compare.tables import write_comparison
+    from ..compare.trial import summarise, trial
     from ..config import check_choice, parse_pattern
-    from ..oneshot import METHODS
-    from ..oneshot.compare import summarise, trial
-    from ..report.levels import write_comparison
+    from ..pruning.prune import METHODS
 
     levels = parse_levels(args.levels)
     methods = list(dict.fromkeys(check_choice(name.strip(), METHODS, "methods") for name in args.methods.split(",")))
     group = parse_pattern(args.pattern)
     if group:
         levels = [1.0 - group[0] / group[1]]
-    setting = common.Comparison(args)
+    setting = Comparison(args)
     trials = []
     with tqdm(total=len(methods) * len(levels) * len(setting.seeds), desc="levels") as bar:
         for method in methods:

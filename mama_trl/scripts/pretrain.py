@@ -15,16 +15,16 @@ def make_parser():
     from trl import DatasetMixtureConfig, ModelConfig, SFTConfig
 
     from ..config import MamaConfig
-    from . import training
+    from . import training_parser
 
     @dataclass
-    class PretrainArguments(training.TrainingArguments):
+    class PretrainArguments(training_parser.TrainingArguments):
         from_scratch: bool = field(
             default=False, metadata={"help": "Draw the weights at random; only the model's config.json is read."}
         )
 
     types = (MamaConfig, PretrainArguments, SFTConfig, ModelConfig, DatasetMixtureConfig)
-    parser = training.make_parser(types, "pretrain", DESCRIPTION)
+    parser = training_parser.make_parser(types, "pretrain", DESCRIPTION)
     parser.set_defaults(sparsity=0.0, packing=True, packing_strategy="wrapped")
     return parser
 
@@ -33,8 +33,7 @@ def new_model(source: str, options: dict, tokenizer, seed: int):
     """A model of `source`'s architecture with random weights. Raises `MamaError` if the tokenizer does not fit."""
     from transformers import AutoConfig, AutoModelForCausalLM, set_seed
 
-    from ..errors import MamaError
-    from .common import first_line
+    from ..errors import MamaError, first_line
 
     options = {name: value for name, value in options.items() if value is not None}
     try:
@@ -53,13 +52,14 @@ def new_model(source: str, options: dict, tokenizer, seed: int):
 def main(config, script_args, training_args, model_args, dataset_args) -> None:
     from trl import SFTTrainer
 
-    from ..callback import MamaCallback
-    from . import common, data, training
+    from ..evaluation.loading import load_tokenizer
+    from ..training.callback import MamaCallback
+    from . import data, training
 
     resume = training.check_run(script_args, training_args, model_args, needs_weights=not script_args.from_scratch)
     train_data, eval_data = data.split_data(data.load_data(script_args, dataset_args), script_args, training_args)
     options = training.model_options(training_args, model_args)
-    tokenizer = common.load_tokenizer(model_args.model_name_or_path)
+    tokenizer = load_tokenizer(model_args.model_name_or_path)
     model = model_args.model_name_or_path
     if script_args.from_scratch:
         model = new_model(model, options, tokenizer, training_args.seed)
@@ -72,6 +72,6 @@ def main(config, script_args, training_args, model_args, dataset_args) -> None:
 
 
 def run(argv: list[str]) -> int:
-    from . import training
+    from . import training_parser
 
-    return training.run(make_parser(), main, argv)
+    return training_parser.run(make_parser(), main, argv)

@@ -1,6 +1,7 @@
 """`mama prune`: one-shot pruning of a saved model."""
 
-from . import common
+from ..folders import check_output_dir, remove_model_files
+from .parser import CommandParser, share
 
 LEFT_BUDGETS = ("reward", "curvature")
 
@@ -18,10 +19,10 @@ removes the same share of MLP neurons (or heads) from every layer: OUTPUT is a s
 
 
 def make_parser():
-    parser = common.CommandParser("prune", DESCRIPTION)
+    parser = CommandParser("prune", DESCRIPTION)
     parser.add_argument("model", metavar="MODEL", help="model folder or hub id")
     parser.add_argument("--output", required=True, metavar="DIR", help="folder for the pruned model")
-    parser.add_argument("--sparsity", type=common.share, default=0.5, help="pruned share, in [0, 1) (default 0.5)")
+    parser.add_argument("--sparsity", type=share, default=0.5, help="pruned share, in [0, 1) (default 0.5)")
     parser.add_argument(
         "--method", default="mama",
         help="mama (default: mask and redistribution together), magnitude, wanda, sparsegpt, alps",
@@ -59,9 +60,13 @@ def make_parser():
 def main(args) -> None:
     from ..config import REDISTRIBUTIONS, check_choice, check_sparsity, parse_indicators, parse_pattern
     from ..errors import MamaError
-    from ..masks import MaskSet
-    from ..oneshot import BUDGETS, METHODS, SCOPES, STRUCTURE_METHODS, STRUCTURES, prune, prune_structures
-    from ..oneshot.resume import Unfinished
+    from ..evaluation.loading import check_model_source, load_model, load_tokenizer, sequence_length
+    from ..evaluation.text import calibration_rows
+    from ..masks.maskset import MaskSet
+    from ..pruning.prune import BUDGETS, METHODS, SCOPES, prune
+    from ..pruning.resume import Unfinished
+    from ..pruning.structures.remove import STRUCTURE_METHODS, prune_structures
+    from ..pruning.structures.units import STRUCTURES
 
     check_sparsity(args.sparsity)
     whole = args.pattern in STRUCTURES
@@ -79,7 +84,7 @@ def main(args) -> None:
         parse_pattern(args.pattern)
     if args.scope == "row" and (whole or args.method != "mama"):
         raise MamaError("`scope` is 'row', which only method mama takes, and no pattern of whole structures.")
-    common.check_model_source(args.model)
+    check_model_source(args.model)
     if args.calibration is None and (whole or args.method != "magnitude" or args.budget == "sensitivity"):
         raise MamaError(f"`calibration` is missing: {args.method} measures activations on a text; give a file.")
     if whole and MaskSet.load(args.model) is not None:
@@ -87,14 +92,14 @@ def main(args) -> None:
             f"{args.model} has masks, which do not fit a model with fewer {args.pattern}: remove whole structures "
             "first, from the dense model, and single connections after."
         )
-    output = common.check_output_dir(args.output, args.overwrite or Unfinished.exists(args.output), args.model)
+    output = check_output_dir(args.output, args.overwrite or Unfinished.exists(args.output), args.model)
     unfinished = Unfinished(output, _command(args), args.overwrite)
-    tokenizer = common.load_tokenizer(args.model)
+    tokenizer = load_tokenizer(args.model)
     rows = None
     if args.calibration is not None:
-        length = common.sequence_length(args.model, args.sequence_length)
-        rows = common.calibration_rows(tokenizer, args.calibration, length, args.calibration_tokens, args.seed)
-    model = common.load_model(args.model, args.dtype)
+        length = sequence_length(args.model, args.sequence_length)
+        rows = calibration_rows(tokenizer, args.calibration, length, args.calibration_tokens, args.seed)
+    model = load_model(args.model, args.dtype)
     options = {} if whole else _from_training(args, model, weights)
     if rows is not None:
         unfinished.begin(model, rows)
@@ -124,9 +129,9 @@ def main(args) -> None:
 def _from_training(args, model, weights: dict[str, float]) -> dict:
     """`budget` and indicators as options of `prune`, read from what a training run left beside the model."""
     from ..errors import MamaError
-    from ..oneshot.recorded import indicator_options, recorded, shared_by
-    from ..oneshot.sensitivity import default_blend
-    from ..targets import find_targets
+    from ..indicators.recorded import indicator_options, recorded
+    from ..model.targets import find_targets
+    from ..selection.allocation import default_blend, shared_by
 
     options = {"budget": args.budget}
     if args.budget not in LEFT_BUDGETS and not args.indicators:
@@ -150,7 +155,7 @@ def _from_training(args, model, weights: dict[str, float]) -> dict:
 
 def _save(model, tokenizer, output) -> None:
     output.mkdir(parents=True, exist_ok=True)
-    common.remove_model_files(output)
+    remove_model_files(output)
     model.save_pretrained(output)
     tokenizer.save_pretrained(output)
 

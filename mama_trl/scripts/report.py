@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 
 from ..errors import MamaError
-from .common import CommandParser
+from .parser import CommandParser
 
 DESCRIPTION = """Rebuild report.html and the plots of a finished run from its report.json.
 
@@ -25,7 +25,7 @@ def main(args) -> None:
         numbers = json.loads(path.read_text(encoding="utf-8"))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise MamaError(f"{path} is no valid JSON ({error}): run again.") from None
-    from ..report import write_report
+    from ..report.html import write_report
     from ..report.summary import print_summary
 
     page = write_report(numbers, path.parent)

@@ -5,7 +5,7 @@ import warnings
 from pathlib import Path
 
 from ..errors import MamaError
-from .common import CommandParser
+from .parser import CommandParser
 
 DESCRIPTION = """Run every stage of a recipe: pre-train, fine-tune, GRPO, distil, evaluate, report.
 
@@ -28,7 +28,7 @@ def main(args) -> None:
         raise MamaError(f"{args.recipe} is no file: give a recipe such as configs/demo.yaml.")
     # TRL sets an argument by the name that transformers has just renamed: nothing a reader could act on.
     warnings.filterwarnings("ignore", message=".*gradient_checkpointing.*", category=FutureWarning)
-    from ..pipeline import run_pipeline
+    from ..demo.pipeline import run_pipeline
     from ..report.summary import print_summary
 
     page = run_pipeline(args.recipe, args.overwrite, output_dir=args.output_dir, seed=args.seed)

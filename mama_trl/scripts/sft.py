@@ -12,30 +12,31 @@ def make_parser():
     from trl import DatasetMixtureConfig, ModelConfig, SFTConfig
 
     from ..config import MamaConfig
-    from . import training
+    from . import training_parser
 
-    types = (MamaConfig, training.TrainingArguments, SFTConfig, ModelConfig, DatasetMixtureConfig)
-    return training.make_parser(types, "sft", DESCRIPTION)
+    types = (MamaConfig, training_parser.TrainingArguments, SFTConfig, ModelConfig, DatasetMixtureConfig)
+    return training_parser.make_parser(types, "sft", DESCRIPTION)
 
 
 def main(config, script_args, training_args, model_args, dataset_args) -> None:
     from trl import SFTTrainer
 
-    from ..callback import MamaCallback
-    from . import common, data, training
+    from ..evaluation.loading import load_tokenizer
+    from ..training.callback import MamaCallback
+    from . import data, training
 
     resume = training.check_run(script_args, training_args, model_args)
     train_data, eval_data = data.prepared(script_args, training_args, dataset_args, completions=True)
     training.model_options(training_args, model_args)
     trainer = SFTTrainer(
         model_args.model_name_or_path, args=training_args, train_dataset=train_data, eval_dataset=eval_data,
-        processing_class=common.load_tokenizer(model_args.model_name_or_path),
+        processing_class=load_tokenizer(model_args.model_name_or_path),
         callbacks=[MamaCallback(config, stage="sft")],
     )
     training.train(trainer, resume, script_args.dataset_name)
 
 
 def run(argv: list[str]) -> int:
-    from . import training
+    from . import training_parser
 
-    return training.run(make_parser(), main, argv)
+    return training_parser.run(make_parser(), main, argv)

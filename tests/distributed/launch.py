@@ -8,7 +8,7 @@ from pathlib import Path
 
 import yaml
 
-from mama_trl.scripts.training import accelerate_file
+from mama_trl.scripts.launch import accelerate_file
 
 ROOT = Path(__file__).resolve().parents[2]
 ENGINES = ("ddp", "zero1", "zero2", "zero3", "fsdp2")

@@ -13,8 +13,8 @@ from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArgumen
 import tests.distributed.train_worker  # noqa: F401 (makes FSDP real on a CPU, before the Trainer is made)
 from benchmarks.common import PeakMemory
 from mama_trl import MamaCallback, MamaConfig
-from mama_trl.oneshot import prune
-from mama_trl.pruning import Update, update_masks
+from mama_trl.pruning.prune import prune
+from mama_trl.pruning.update import Update, update_masks
 from tests.conftest import tiny
 
 SHAPE = {"hidden_size": 256, "intermediate_size": 512, "num_attention_heads": 4, "num_key_value_heads": 4}

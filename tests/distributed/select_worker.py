@@ -10,9 +10,15 @@ import torch
 from torch import distributed as dist
 
 from benchmarks.common import count_bytes
-from mama_trl import MamaError, bits, bracket, ranks, selection
-from mama_trl.masks import MaskSet
-from mama_trl.shards import Shard
+from mama_trl import MamaError
+from mama_trl.engines import ranks
+from mama_trl.engines.shard import Shard
+from mama_trl.masks import bits
+from mama_trl.masks.maskset import MaskSet
+from mama_trl.selection import bracket, largest
+from mama_trl.selection.everywhere import global_packed_masks
+from mama_trl.selection.largest import packed_masks
+from mama_trl.selection.patterns import OwnedScores, nm_mask_of_owned, row_mask_of_owned
 
 
 @dataclass(eq=False)
@@ -40,7 +46,7 @@ def main(options: dict) -> None:
     for number, case in enumerate(cases):
         scores = case["scores"]
         if case.get("bracketed"):
-            selection.SAMPLED_FROM, bracket._STRIDE = 1000, 3
+            largest.SAMPLED_FROM, bracket._STRIDE = 1000, 3
         shards = []
         for index, whole in enumerate(scores):
             # Uneven cuts, some of them in the middle of rows, bytes and groups, some ranges empty.
@@ -52,15 +58,15 @@ def main(options: dict) -> None:
             shards.append(Slice(f"p{index}", parameter, bounds[rank], bounds[rank + 1] - bounds[rank]))
         parts = [shard.master.clone() for shard in shards]
         sizes = [whole.numel() for whole in scores]
-        made = {"all": selection.packed_masks(parts, case["keep"], group)}
+        made = {"all": packed_masks(parts, case["keep"], group)}
         first = parts[0].float()
         shape, transposed = tuple(scores[0].shape), case["transposed"]
-        piece = selection.Piece(first, shards[0].start, shape, transposed)
+        piece = OwnedScores(first, shards[0].start, shape, transposed)
         inputs = shape[0] if transposed else shape[1]
-        made["row"] = [bits.pack_bits(selection.row_piece_mask(piece, inputs // 3, group))]
-        made["2:4"] = [bits.pack_bits(selection.nm_piece_mask(piece, 2, 4, group))]
+        made["row"] = [bits.pack_bits(row_mask_of_owned(piece, inputs // 3, group))]
+        made["2:4"] = [bits.pack_bits(nm_mask_of_owned(piece, 2, 4, group))]
         floats = [part.float().abs() for part in parts]
-        made["global"] = selection.global_packed_masks(floats, sizes, 0.8, group=group)
+        made["global"] = global_packed_masks(floats, sizes, 0.8, group=group)
         for way, packed in made.items():
             masks = MaskSet.from_shards({s.name: p for s, p in zip(shards, packed)}, shards[: len(packed)])
             found[f"{number} {way}"] = {n: masks.whole(n).int().flatten().tolist() for n in masks.names}
@@ -69,13 +75,13 @@ def main(options: dict) -> None:
     if rank == world - 1:
         spoilt[len(spoilt) // 2] = float("nan")  # on one rank: all of them must stop
     try:
-        selection.packed_masks([spoilt], len(cases[-1]["scores"][0]), group)
+        packed_masks([spoilt], len(cases[-1]["scores"][0]), group)
         found["NaN"] = "not seen"
     except MamaError:
         found["NaN"] = "refused"
     sent.clear()
     wide = torch.rand(200_000, generator=torch.Generator().manual_seed(rank))
-    selection.packed_masks([wide], 20_000 * world, group)
+    packed_masks([wide], 20_000 * world, group)
     with open(folder / f"rank{rank}.json", "w") as file:
         json.dump({"found": found, "bytes": sum(sent)}, file)
 

@@ -7,8 +7,8 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from mama_trl.checkpoints import newest_whole
-from mama_trl.masks import MaskSet
+from mama_trl.masks.maskset import MaskSet
+from mama_trl.training.checkpoints import newest_whole
 from tests.conftest import tiny
 from tests.distributed import launch
 

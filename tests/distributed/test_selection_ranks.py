@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from mama_trl.masks import MaskSet
+from mama_trl.masks.maskset import MaskSet
 from tests.distributed import launch
 
 

@@ -17,10 +17,11 @@ if ENGINE == "fsdp2":
 
     PartialState._prepare_backend = lambda self, *args, **kwargs: ("gloo", DistributedType.MULTI_GPU)
 
-import mama_trl.trajectory  # noqa: E402 (after the shim)
-from mama_trl import MamaCallback, MamaConfig, ranks  # noqa: E402 (after the shim)
-from mama_trl.pruning import Update, update_masks  # noqa: E402 (after the shim)
-from mama_trl.shards import shards_of  # noqa: E402 (after the shim)
+from mama_trl import MamaCallback, MamaConfig  # noqa: E402 (after the shim)
+from mama_trl.engines import ranks  # noqa: E402 (after the shim)
+from mama_trl.engines.detect import shards_of  # noqa: E402 (after the shim)
+from mama_trl.indicators import trajectory  # noqa: E402 (after the shim)
+from mama_trl.pruning.update import Update, update_masks  # noqa: E402 (after the shim)
 from tests.conftest import tiny  # noqa: E402 (after the shim)
 
 # Every way to choose masks, tried on the trained weights (0.8 sparse) one after the other, at 0.9.
@@ -70,7 +71,7 @@ def whole_statistics(mama) -> dict:
 
 def main(options: dict) -> None:
     folder, rank = Path(options["folder"]), int(os.environ.get("RANK", 0))
-    mama_trl.trajectory.DTYPE = torch.float32
+    trajectory.DTYPE = torch.float32
     rows = torch.randint(2, 384, (96, 24), generator=torch.Generator().manual_seed(0))
     data = Dataset.from_dict({"input_ids": rows.tolist(), "labels": rows.tolist()}).with_format("torch")
     calibration = torch.randint(2, 384, (16, 24), generator=torch.Generator().manual_seed(1))
@@ -163,7 +164,7 @@ def poison(trainer, mama, what: dict) -> None:
 
         trainer.training_step = step
     else:
-        import mama_trl.pruning as pruning
+        import mama_trl.pruning.update as pruning
 
         select = pruning._select
 

@@ -1,0 +1,1 @@
+"""What a layer reads and should put out, measured on calibration sequences."""

@@ -1,0 +1,222 @@
+"""Which layer of a block reads and writes what: its stages, found by running it on a short probe.
+
+Nothing is assumed about names. Which layer writes to the residual stream, and where that is seen, is found by
+silencing each layer once and looking at what changes; which norm feeds a layer, by the identity of tensors.
+"""
+
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Callable, Iterator, Optional
+
+import torch
+from torch import Tensor, nn
+
+from ..model.targets import Target
+
+INPUT, OUTPUT = "(input)", "(output)"
+
+
+@dataclass(eq=False)
+class Stage:
+    """Targets that are measured together.
+
+    `writer` adds its output to the residual stream, which is then seen at `place`. `norm` is the submodule that makes
+    the stage's inputs from the residual stream at `source`. Places are names of submodules, meaning their inputs, or
+    INPUT and OUTPUT of the block. `last` is the module whose inputs end the measuring pass. `whole` is set where a
+    block can be started behind this stage: the submodule (the attention) that all of the block up to `place` runs
+    through, beside the residual stream itself; see `silenced`.
+    """
+
+    targets: list[Target] = field(default_factory=list)
+    writer: Optional[Target] = None
+    place: str = ""
+    norm: Optional[nn.Module] = None
+    source: str = ""
+    last: Optional[nn.Module] = None
+    whole: Optional[nn.Module] = None
+
+
+def segments(stages: list[Stage]) -> list[list[Stage]]:
+    """The stages cut behind each one that the block can be started behind; one empty list if there are none."""
+    result: list[list[Stage]] = [[]]
+    for stage in stages:
+        result[-1].append(stage)
+        if stage.whole is not None:
+            result.append([])
+    return result
+
+
+@contextmanager
+def silenced(whole: nn.Module) -> Iterator[None]:
+    """`whole` returns zeros at no cost: given the residual stream behind it, its block computes only the rest."""
+    own = {key: value for key, value in vars(whole).items() if key == "forward"}  # what another library put there
+
+    def nothing(*args, **kwargs):
+        states = args[0] if args else kwargs["hidden_states"]
+        return states.new_zeros(()).expand_as(states), None
+
+    whole.forward = nothing
+    try:
+        yield
+    finally:
+        del whole.forward  # the class's own is seen again
+        whole.__dict__.update(own)
+
+
+def plan_stages(
+    block: nn.Module, own: list[Target], run: Callable[[Tensor], Tensor], probe: Tensor
+) -> list[Stage]:
+    """The stages of a block's targets `own` in the order of computation.
+
+    Args:
+        run: the block on hidden states (n, sequence_length, hidden).
+        probe: a few hidden states before the block.
+    """
+    order, inputs = _order(own, lambda: run(probe))
+    stages: list[Stage] = []
+    shared: Optional[Tensor] = None
+    for target in order:
+        fused = target.expert is not None
+        same_experts = fused and stages and stages[-1].targets[-1].parameter_name == target.parameter_name
+        same_input = not fused and stages and inputs[target.name] is shared
+        if not (same_experts or same_input):
+            stages.append(Stage())
+        shared = None if fused else inputs[target.name]
+        stages[-1].targets.append(target)
+        stages[-1].last = None if fused else target.module
+    plain = _observe(block, lambda: run(probe))
+    places = _places(block, [t for t in order if t.expert is None], plain, lambda: run(probe))
+    for stage in stages:
+        writers = [t for t in stage.targets if t.name in places]
+        if len(writers) == 1 and len(stage.targets) == 1:
+            stage.writer, stage.place = writers[0], places[writers[0].name]
+            stage.whole = _startable(stage, plain, run)
+    for stage in stages:
+        if stage.writer is None and stage.last is not None:
+            stage.norm, stage.source = _source(block, stage, plain, set(places.values()) - {OUTPUT} | {INPUT})
+    uncalled = [t for t in own if t not in order]
+    if uncalled:  # experts in a list to which no token of the probe came: measured over a whole pass, at the end
+        stages.append(Stage(uncalled))
+    return stages
+
+
+def _startable(stage: Stage, plain: "_Seen", run: Callable[[Tensor], Tensor]) -> Optional[nn.Module]:
+    """The stage's `whole` if the block, started behind it, puts out the very same; None if there is no such thing."""
+    whole = plain.wholes.get(stage.writer.module)
+    states = plain.inputs.get(stage.place)
+    if whole is None or stage.place == OUTPUT or states.shape != plain.inputs[INPUT].shape:
+        return None
+    with silenced(whole):
+        return whole if torch.equal(run(states), plain.inputs[OUTPUT]) else None
+
+
+def _order(own: list[Target], run: Callable[[], Tensor]) -> tuple[list[Target], dict[str, Tensor]]:
+    """Targets in the order of their first call, and the tensor that each linear layer read."""
+    called: list[nn.Module] = []
+    inputs: dict[nn.Module, Tensor] = {}
+
+    def hook(module, args):
+        if module not in inputs:
+            called.append(module)
+            inputs[module] = args[0] if args else None
+
+    handles = [module.register_forward_pre_hook(hook) for module in dict.fromkeys(t.module for t in own)]
+    try:
+        run()
+    finally:
+        for handle in handles:
+            handle.remove()
+    order = [t for module in called for t in own if t.module is module]
+    return order, {t.name: inputs[t.module] for t in order}
+
+
+@dataclass
+class _Seen:
+    """One run of a block: inputs of its submodules by name in the order of their calls (between INPUT and OUTPUT),
+    the submodules' outputs, and by submodule which other one returns its output as (output, None)."""
+
+    inputs: dict[str, Tensor]
+    outputs: dict[str, Tensor]
+    wholes: dict[nn.Module, nn.Module]
+
+
+def _observe(block: nn.Module, run: Callable[[], Tensor], muted: Optional[nn.Module] = None) -> _Seen:
+    """Runs the block; submodules that are called more than once are left out. `muted` puts out zeros."""
+    seen = _Seen({}, {}, {})
+    newest: list = [None, None]
+    repeated: set[str] = set()
+
+    def before(name: str):
+        def hook(_, args):
+            if args and isinstance(args[0], Tensor):
+                repeated.add(name) if name in seen.inputs else seen.inputs.__setitem__(name, args[0])
+        return hook
+
+    def after(name: str):
+        def hook(module, _, out):
+            if isinstance(out, tuple) and len(out) == 2 and out[1] is None and out[0] is newest[0]:
+                seen.wholes[newest[1]] = module
+            if isinstance(out, Tensor):
+                seen.outputs[name] = out
+                newest[:] = out, module
+                return torch.zeros_like(out) if module is muted else None
+        return hook
+
+    modules = [(name, module) for name, module in block.named_modules() if name]
+    handles = [block.register_forward_pre_hook(before(INPUT))]
+    handles += [module.register_forward_pre_hook(before(name)) for name, module in modules]
+    handles += [module.register_forward_hook(after(name)) for name, module in modules]
+    try:
+        seen.inputs[OUTPUT] = run()
+    finally:
+        for handle in handles:
+            handle.remove()
+    for name in repeated:
+        del seen.inputs[name]
+        seen.outputs.pop(name, None)
+    return seen
+
+
+def _places(block: nn.Module, candidates: list[Target], plain: _Seen, run: Callable[[], Tensor]) -> dict[str, str]:
+    """By target name: the earliest place where its output is found *added* to a residual stream.
+
+    A layer writes to a place if the value there differs from the one with the layer silenced by exactly the layer's
+    output, and something was there before.
+    """
+    names = {module: name for name, module in block.named_modules()}
+    found = {}
+    for target in candidates:
+        output = plain.outputs.get(names[target.module])
+        if output is None or tokens_of(output).shape != tokens_of(plain.inputs[INPUT]).shape:
+            continue
+        silent = _observe(block, run, target.module).inputs
+        change = tokens_of(output)
+        for place, value in plain.inputs.items():
+            if place not in silent or not value.is_floating_point() or tokens_of(value).shape != change.shape:
+                continue
+            value, before = tokens_of(value), tokens_of(silent[place])
+            difference = value - before
+            rounding = torch.finfo(output.dtype).eps * (value.norm() + before.norm())
+            added = (difference - change).norm() <= 1e-4 * change.norm() + rounding
+            # Where nothing changed at all, rounding in bf16 could hide that: the change must be seen.
+            if added and before.norm() > 0 and (difference * change).sum() >= 0.5 * change.square().sum() > 0:
+                found[target.name] = place
+                break
+    return found
+
+
+def tokens_of(states: Tensor) -> Tensor:
+    """(tokens, width) fp32: some blocks fold batch and sequence into one dimension on their way."""
+    return states.reshape(-1, states.shape[-1]).float()
+
+
+def _source(block: nn.Module, stage: Stage, plain: _Seen, places: set[str]) -> tuple[Optional[nn.Module], str]:
+    """The submodule that turns the residual stream at one of `places` into the stage's inputs, and that place."""
+    names = {module: name for name, module in block.named_modules()}
+    wanted = plain.inputs.get(names[stage.targets[0].module])
+    for name, out in plain.outputs.items():
+        if out is wanted:
+            for place in places:
+                if plain.inputs.get(place) is plain.inputs.get(name, block):
+                    return block.get_submodule(name), place
+    return None, ""

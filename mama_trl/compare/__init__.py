@@ -1,0 +1,1 @@
+"""Trials of several methods under one protocol, and their tables."""

@@ -1,0 +1,71 @@
+"""What every trial of a comparison shares."""
+
+from ..errors import MamaError
+from ..evaluation.loading import check_model_source, load_model, load_tokenizer, sequence_length
+from ..evaluation.perplexity import perplexity
+from ..evaluation.text import blocks, calibration_rows, heldout_text
+from ..folders import check_output_dir
+from .trial import dense_state
+
+
+def parse_seeds(text: str) -> list[int]:
+    """`"0,1,2"` as whole numbers without repeats, in the given order. Raises `MamaError`."""
+    try:
+        return list(dict.fromkeys(int(item) for item in text.split(",")))
+    except ValueError:
+        raise MamaError(f"`seeds` is {text!r}: give whole numbers with commas, such as 0,1,2.") from None
+
+
+class Comparison:
+    """What every trial of a comparison shares: dense weights, held-out blocks and one draw of calibration per seed.
+
+    Args:
+        args: a command's `model, calibration, text, output, overwrite, blocks, seeds, calibration_tokens,
+            sequence_length, batch_size, dtype`.
+
+    Raises:
+        MamaError: a file, a folder or a value makes no sense.
+    """
+
+    def __init__(self, args):
+        self._args = args
+        self.seeds = parse_seeds(args.seeds)
+        check_model_source(args.model)
+        self.output = check_output_dir(args.output, args.overwrite)
+        tokenizer = load_tokenizer(args.model)
+        self.length = sequence_length(args.model, args.sequence_length)
+        self._rows = {
+            seed: calibration_rows(tokenizer, args.calibration, self.length, args.calibration_tokens, seed)
+            for seed in self.seeds
+        }
+        self.heldout = blocks(tokenizer, heldout_text(args.text), self.length, limit=args.blocks)
+        self.model = load_model(args.model, args.dtype)
+        self.dense = dense_state(self.model)
+        self.reference = perplexity(self.model, self.heldout, args.batch_size)
+        self.vocabulary = self.model.config.get_text_config().vocab_size
+
+    @property
+    def source(self) -> str:
+        """The model's folder or hub id."""
+        return self._args.model
+
+    def restore(self) -> None:
+        """Puts the dense weights back into the model."""
+        self.model.load_state_dict(self.dense)
+
+    def rows(self, seed: int):
+        """Calibration token ids of one seed, int64 (n, sequence_length)."""
+        return self._rows[seed]
+
+    def described(self) -> dict:
+        """`model`, `dense` perplexity, `vocabulary` and the protocol, for the result's JSON."""
+        return {
+            "model": self._args.model,
+            "dense": self.reference["perplexity"],
+            "vocabulary": self.vocabulary,
+            "protocol": {
+                "text": self._args.text, "calibration": self._args.calibration, "sequence_length": self.length,
+                "tokens": self.reference["tokens"], "calibration_tokens": self._rows[self.seeds[0]].numel(),
+                "seeds": self.seeds,
+            },
+        }

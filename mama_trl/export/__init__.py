@@ -1,0 +1,1 @@
+"""What leaves the house: formats beside the ordinary checkpoint."""

@@ -1,0 +1,1 @@
+"""By what number a connection is judged, and where that number comes from."""

@@ -1,0 +1,76 @@
+"""Where connections are needed, from gradients of the calibration loss: mean |w g| of every connection.
+
+One backward pass per batch; each parameter's gradient is taken up and freed as soon as it is there, so that one
+gradient is held at a time, beside one bf16 statistic (2 bytes per prunable connection).
+"""
+
+from typing import Optional
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from tqdm import tqdm
+
+from ..model.targets import Target, find_targets
+from ..selection.allocation import shared_by
+from .formulas import sensitivity
+
+
+def sensitivities(
+    model: nn.Module, rows: Tensor, targets: list[Target], batch_size: int = 8, progress: bool = False
+) -> dict[str, Tensor]:
+    """Mean over batches of |w g| by target name, (out, in) in bf16.
+
+    Args:
+        rows: token ids, int64 (n, sequence_length); the loss is the model's own next-token cross-entropy.
+    """
+    parameters = {id(t.parameter): t.parameter for t in targets}
+    totals = {key: torch.zeros_like(p.data, dtype=torch.bfloat16) for key, p in parameters.items()}
+    before = [(p, p.requires_grad, p.grad) for p in model.parameters()]
+    seen = 0
+
+    def take(parameter: nn.Parameter) -> None:
+        total = totals[id(parameter)]
+        total.copy_(torch.lerp(total.float(), sensitivity(parameter.data, parameter.grad), 1.0 / seen))
+        parameter.grad = None
+
+    training = model.training
+    model.eval()
+    handles = []
+    try:
+        for parameter, *_ in before:
+            parameter.requires_grad_(id(parameter) in totals)
+            parameter.grad = None
+        handles = [p.register_post_accumulate_grad_hook(take) for p in parameters.values()]
+        device = next(model.parameters()).device
+        for batch in tqdm(rows.split(batch_size), desc="sensitivity", disable=not progress, leave=False):
+            seen += 1
+            batch = batch.to(device)
+            with torch.enable_grad():
+                logits = model(input_ids=batch, use_cache=False).logits[:, :-1]
+                functional.cross_entropy(logits.flatten(0, 1).float(), batch[:, 1:].flatten()).backward()
+    finally:
+        for handle in handles:
+            handle.remove()
+        for parameter, required, gradient in before:
+            parameter.requires_grad_(required)
+            parameter.grad = gradient
+        model.train(training)
+    return {t.name: t.own(totals[id(t.parameter)]) for t in targets}
+
+
+def sensitivity_budget(
+    model: nn.Module,
+    rows: Tensor,
+    sparsity: float,
+    blend: float,
+    targets: Optional[list[Target]] = None,
+    batch_size: int = 8,
+    progress: bool = False,
+) -> dict[str, float]:
+    """Sparsity by target name: `blend` of what a contest by mean |w g| over the whole model gives, the rest uniform.
+
+    The number of kept connections is that of a uniform budget.
+    """
+    targets = targets if targets is not None else find_targets(model, experts=True)
+    return shared_by(sensitivities(model, rows, targets, batch_size, progress), targets, sparsity, blend)

@@ -1,0 +1,240 @@
+"""Running statistics of weights and biases along training, in bounded memory.
+
+Per parameter and statistic one bf16 tensor (2 bytes per parameter), of what this rank owns. Every gradient is
+divided by the global gradient norm of its step first, so that clipping, loss scale, accumulation and engine make no
+difference. A step whose gradient holds NaN or infinity on any rank is left out on all of them and counted, without
+a host synchronisation.
+"""
+
+from pathlib import Path
+from typing import Optional
+
+import torch
+from torch import Tensor
+
+from ..engines import ranks
+from ..engines.shard import Shard, fused_groups, group_of
+from ..errors import MamaError
+from ..masks.files import FOLDER, RangeReader, write_ranges
+from ..masks.maskset import MaskSet
+
+STEM = "statistics"
+# Increments below 1/64 of a bf16 value would mostly be rounded away, so the mean forgets beyond 64 steps.
+WINDOW = 64
+SAMPLES = 2048  # connections whose values are written down for the report's trajectory plot
+DTYPE = torch.bfloat16  # of the statistics; fp32 compares engines more finely, at twice the memory
+_HUGE = 3e38
+
+
+class Trajectory:
+    """Statistics of every shard: `sensitivity` E|w g|, `movement` −Σ ρ w g, `reward` E (w g)².
+
+    `values[statistic][name]` is bf16, in the parameter's shape, or (owned,) where ranks share the parameter.
+
+    Args:
+        shards: weights and biases to follow.
+        statistics: names out of the three above. `reward` is the mean square; its root is the indicator.
+    """
+
+    def __init__(self, shards: list[Shard], statistics: list[str]):
+        self.shards = shards
+        self.group = group_of(shards)
+        self.statistics = list(statistics)
+        self._flat: dict[str, dict[str, Tensor]] = {
+            name: {s.name: torch.zeros_like(s.master, dtype=DTYPE) for s in shards}
+            for name in self.statistics
+        }
+        self.values = {
+            name: {s.name: flat[s.name].view(s.shape) if s.length == s.numel else flat[s.name] for s in shards}
+            for name, flat in self._flat.items()
+        }
+        device = shards[0].parameter.device
+        # One count per statistic: the reward statistic starts when GRPO starts, sensitivity goes on.
+        self.counts = {name: torch.zeros((), device=device) for name in self.statistics}
+        self.skipped = torch.zeros((), device=device)
+        self.history: list[dict] = []
+        self._groups = fused_groups(shards)
+        self._scratch = torch.empty(0)
+
+    @torch.no_grad()
+    def record(self, names: Optional[tuple[str, ...]] = None) -> None:
+        """Takes one optimizer step's gradients in; call just before the optimizer moves the weights. Collective.
+
+        `names` limits which statistics are updated; None updates all.
+        """
+        names = [name for name in self.statistics if names is None or name in names]
+        gradients = {shard.name: shard.gradient for shard in self.shards}
+        if not names or all(gradient is None for gradient in gradients.values()):
+            return
+        square = self._square_norm([g for g in gradients.values() if g is not None and g.numel()])
+        norm = ranks.total(square, self.group).sqrt()
+        finite = torch.isfinite(norm)
+        self.skipped += (~finite).float()
+        usable = finite & (norm > 0)  # a GRPO step without any advantage says nothing
+        scale = torch.where(usable, 1.0 / norm, 0.0)
+        rates = {}
+        for name in names:
+            self.counts[name] += usable.float()
+            rates[name] = torch.where(usable, 1.0 / self.counts[name].clamp(1, WINDOW), 0.0)
+        if norm.device.type == "cpu" and not usable:
+            return  # asking costs nothing here; a GPU goes on with rate 0 rather than wait for the answer
+        masters = {shard.name: shard.master for shard in self.shards}
+        for group in self._groups:
+            members = [(s.name, begin, end) for s, begin, end in group if gradients[s.name] is not None]
+            if members:
+                self._blend(names, members, masters, gradients, scale, rates)
+
+    def _square_norm(self, gradients: list[Tensor]) -> Tensor:
+        """Σ g² over this rank's part, fp32 scalar."""
+        total = torch.zeros((), device=self.skipped.device)
+        if gradients:
+            norms = torch._foreach_norm(gradients, 2, torch.float32)  # fp16 overflows beyond a norm of 65,504
+            total += torch.stack([norm.to(total.device) for norm in norms]).square().sum()
+        return total
+
+    def _blend(self, names, members, masters, gradients, scale, rates) -> None:
+        """statistic += rate · (f(w g / ‖g‖) − statistic) for one group, with one buffer for all its parameters."""
+        first = masters[members[0][0]]
+        sizes = [end - begin for _, begin, end in members]
+        buffer = self._buffer(first.device, sum(sizes))
+        parts = list(buffer.split(sizes))
+        for part, (name, begin, end) in zip(parts, members):
+            torch.mul(masters[name][begin:end].float(), gradients[name][begin:end], out=part)
+        buffer.mul_(scale.to(first.device))
+        for number, name in enumerate(names):
+            # The last statistic may use the products up.
+            new = buffer if number == len(names) - 1 else buffer.clone()
+            if name == "sensitivity":
+                new.abs_()
+            elif name == "reward":
+                new.mul_(new)
+            else:
+                new.neg_()
+            if first.device.type != "cpu":
+                # NaN and infinity become numbers that the rate 0 of a bad step cancels; 0 times NaN would be NaN.
+                torch.fmin(new, torch.full_like(new[:1], _HUGE), out=new)
+                torch.fmax(new, torch.full_like(new[:1], -_HUGE), out=new)
+            statistics = [self._flat[name][key][begin:end] for key, begin, end in members]
+            pieces = list(new.split(sizes))
+            torch._foreach_sub_(pieces, statistics)
+            new.mul_(rates[name].to(first.device))
+            torch._foreach_add_(statistics, pieces)
+
+    def _buffer(self, device: torch.device, size: int) -> Tensor:
+        """fp32 scratch, made anew each time on a GPU, whose allocator keeps it, and held on a CPU."""
+        if device.type != "cpu":
+            return torch.empty(size, device=device)
+        if self._scratch.numel() < size:
+            self._scratch = torch.empty(size)
+        return self._scratch[:size]
+
+    def importance(self, name: str) -> dict[str, Tensor]:
+        """The indicator per parameter, fp32, shaped like `values`; the reward's mean square as its root."""
+        values = {key: tensor.float() for key, tensor in self.values[name].items()}
+        return {key: tensor.sqrt() for key, tensor in values.items()} if name == "reward" else values
+
+    def histogram(self, name: str, masks: MaskSet, bins: int = 48) -> dict:
+        """Bin counts of log10 of an indicator, relative to its mean, apart for kept and pruned connections.
+
+        Taken at a mask update, since a pruned connection's attribution is zero ever after. Collective.
+        """
+        values = {key: value for key, value in self.importance(name).items() if key in masks.names}
+        sums = torch.stack([value.double().sum() for value in values.values()]).sum()
+        size = sum(torch.Size(masks.shapes[key]).numel() for key in values)
+        mean = (ranks.total(sums, self.group) / size).clamp_min(1e-38).float()
+        edges = torch.linspace(-3, 2, bins + 1)
+        counts = {"kept": torch.zeros(bins), "pruned": torch.zeros(bins)}
+        for key, value in values.items():
+            logs = (value / mean).clamp_min(1e-6).log10().clamp(-3, 2).cpu()
+            mask = masks.mask(key).cpu()
+            counts["kept"] += torch.histogram(logs[mask], edges).hist
+            counts["pruned"] += torch.histogram(logs[~mask], edges).hist
+        whole = {key: ranks.total(value.to(mean.device), self.group) for key, value in counts.items()}
+        return {"edges_log10": edges.tolist(), **{key: value.long().tolist() for key, value in whole.items()}}
+
+    def recorded(self, name: str) -> bool:
+        return name in self.values and bool(self.counts[name] > 0)
+
+    def flat(self, statistic: str, name: str) -> Tensor:
+        """The raw statistic of what this rank owns of parameter `name`, bf16 (owned,)."""
+        return self._flat[statistic][name]
+
+    @torch.no_grad()
+    def sample(self, step: int, stage: str, names: list[str]) -> None:
+        """Writes down the values of a fixed random sample of connections, for the report. Collective."""
+        shards = {shard.name: shard for shard in self.shards}
+        chosen = [shards[name] for name in names]
+        values = sample_owned([s.numel for s in chosen], [(s.start, s.master) for s in chosen])
+        self.history.append({"step": step, "stage": stage, "values": ranks.total(values, self.group).tolist()})
+
+    def save(self, folder: str | Path) -> Path:
+        """Writes `folder/mama/statistics.safetensors`, or this rank's part of it, atomically; returns its path."""
+        ranges = {shard.name: (shard.start, shard.length) for shard in self.shards}
+        tensors = {f"{name}/{key}": flat for name, group in self._flat.items() for key, flat in group.items()}
+        header = {
+            "format": "mama-statistics-2",
+            "shapes": {shard.name: shard.shape for shard in self.shards},
+            "counts": {name: int(count) for name, count in self.counts.items()},
+            "skipped": int(self.skipped),
+            "history": self.history,
+        }
+        return write_ranges(folder, STEM, tensors, {k: ranges[k.split("/", 1)[1]] for k in tensors}, header, self.group)
+
+    def load(self, folder: str | Path, resume: bool) -> bool:
+        """Takes up what an earlier stage (or, with `resume`, this run) saved; False if there is nothing.
+
+        Statistics that the file has and this run does not follow are left out; across stages the reward's
+        mean starts anew only where it was never recorded. Raises `MamaError` if the file belongs to another
+        model or is damaged.
+        """
+        reader = RangeReader.find(folder, STEM)
+        if reader is None:
+            return False
+        where, header = Path(folder) / FOLDER, reader.header
+        stored = {name: tuple(shape) for name, shape in header["shapes"].items()}
+        for name in [name for name in self.statistics if name in header["counts"]]:
+            for shard in self.shards:
+                if stored.get(shard.name) != shard.shape:
+                    found = f"shape {list(stored[shard.name])}" if shard.name in stored else "nothing"
+                    raise MamaError(
+                        f"{where} holds {found} for {shard.name}, whose shape is {list(shard.shape)}: it belongs to "
+                        "another model; delete it, or set inherit_masks to false."
+                    )
+                self._flat[name][shard.name].copy_(reader.read(f"{name}/{shard.name}", shard.start, shard.length))
+            self.counts[name].fill_(header["counts"][name])
+        self.history = header["history"]
+        if resume:
+            self.skipped.fill_(header["skipped"])
+        return True
+
+
+def read_history(folder: str | Path) -> list[dict]:
+    """The sampled values that a run wrote down: dictionaries with `step`, `stage` and `values`."""
+    reader = RangeReader.find(folder, STEM)
+    return reader.header["history"] if reader is not None else []
+
+
+def sample_owned(sizes: list[int], parts: list[tuple[int, Tensor]], seed: int = 0) -> Tensor:
+    """The same `SAMPLES` random positions of the concatenation of 1-D tensors, fp32; 0 where this rank owns nothing.
+
+    Args:
+        sizes: elements of each whole tensor.
+        parts: (start, owned values) of each.
+    """
+    total = sum(sizes)
+    positions = torch.randint(total, (min(SAMPLES, total),), generator=torch.Generator().manual_seed(seed))
+    positions = positions.sort().values
+    result = torch.zeros(len(positions), device=parts[0][1].device)
+    offset = 0
+    for size, (start, values) in zip(sizes, parts):
+        inside = (positions >= offset + start) & (positions < offset + start + values.numel())
+        where = inside.nonzero().squeeze(1).to(result.device)
+        result[where] = values[(positions[inside] - offset - start).to(values.device)].float().to(result.device)
+        offset += size
+    return result
+
+
+def take_sample(flats: list[Tensor], seed: int = 0) -> Tensor:
+    """The same `SAMPLES` random positions of the concatenation of whole 1-D tensors, on the CPU, in their dtype."""
+    sample = sample_owned([flat.numel() for flat in flats], [(0, flat) for flat in flats], seed)
+    return sample.cpu().to(flats[0].dtype)

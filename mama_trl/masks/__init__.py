@@ -1,0 +1,1 @@
+"""What a mask is: packed bits, sets of masks, and their files."""

@@ -1,0 +1,128 @@
+"""Files of tensors that are spread over ranks: one safetensors file per rank, by name and global range.
+
+A rank on its own writes `STEM.safetensors`, rank r of n `STEM-r-of-n.safetensors`. Any number of ranks can read
+what any other number wrote: a reader asks for a flat range of a name and gets it from whichever files hold it.
+"""
+
+import json
+import re
+from pathlib import Path
+from typing import Optional
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from ..engines import ranks
+from ..errors import MamaError
+from ..folders import write_atomically
+from .bits import bytes_for, pack_bits, unpack_flags
+
+FOLDER = "mama"  # beside the model's own files
+STATE_FILE = "state.json"  # in FOLDER, written last: where it is missing, the save was cut off
+
+
+def file_name(stem: str, group: ranks.Group) -> str:
+    if group is None:
+        return f"{stem}.safetensors"
+    return f"{stem}-{ranks.rank(group):05d}-of-{ranks.size(group):05d}.safetensors"
+
+
+def files_of(folder: Path, stem: str) -> list[Path]:
+    """All files of `stem`, whoever wrote them."""
+    pattern = re.compile(re.escape(stem) + r"(-\d+-of-\d+)?\.safetensors")
+    return sorted(path for path in folder.glob(f"{stem}*.safetensors") if pattern.fullmatch(path.name))
+
+
+def write_ranges(
+    folder: str | Path, stem: str, tensors: dict[str, Tensor], ranges: dict[str, tuple[int, int]],
+    header: dict, group: ranks.Group,
+) -> Path:
+    """Writes this rank's 1-D `tensors`, whose (start, length) in the whole are `ranges`, into `folder/mama/`.
+
+    Files of the same stem that another number of ranks wrote are stale afterwards: see `forget_others`.
+    """
+    path = Path(folder) / FOLDER / file_name(stem, group)
+    metadata = {key: json.dumps(value) for key, value in {**header, "ranges": ranges}.items()}
+    # Empty tensors carry nothing but a name, which `ranges` has too.
+    full = {name: tensor.cpu().contiguous() for name, tensor in tensors.items() if tensor.numel()}
+    write_atomically(path, lambda temporary: save_file(full, temporary, metadata=metadata))
+    return path
+
+
+def forget_others(folder: str | Path, stem: str, group: ranks.Group) -> None:
+    """Deletes files of `stem` that another number of ranks has written. One rank calls it, before the others write."""
+    keep = f"of-{ranks.size(group):05d}.safetensors" if group is not None else f"{stem}.safetensors"
+    for path in files_of(Path(folder) / FOLDER, stem):
+        if not path.name.endswith(keep):
+            path.unlink(missing_ok=True)
+
+
+class RangeReader:
+    """Reads ranges out of what `write_ranges` left in `folder/mama/`.
+
+    Raises:
+        MamaError: a file is damaged, or one rank's file is missing.
+    """
+
+    def __init__(self, folder: str | Path, stem: str):
+        self.where = Path(folder) / FOLDER
+        paths = files_of(self.where, stem)
+        self._check_complete(paths, stem)
+        self._files = []
+        self.header: dict = {}
+        for path in paths:
+            try:
+                file = safe_open(path, "pt")
+                metadata = {key: json.loads(value) for key, value in file.metadata().items()}
+                self._files.append((file, metadata.pop("ranges")))
+            except Exception as error:
+                kind = {"masks": "mask"}.get(stem, stem)
+                raise MamaError(f"{path} is no readable {kind} file ({error}): delete it or restore it.") from None
+            self.header = self.header or metadata
+
+    @classmethod
+    def find(cls, folder: str | Path, stem: str) -> Optional["RangeReader"]:
+        """None if there is no such file."""
+        return cls(folder, stem) if files_of(Path(folder) / FOLDER, stem) else None
+
+    def _check_complete(self, paths: list[Path], stem: str) -> None:
+        counts = {path.stem.rpartition("-of-")[2] if "-of-" in path.stem else "one" for path in paths}
+        if len(counts) != 1:
+            raise MamaError(
+                f"{self.where} holds {stem} files of runs with different numbers of ranks: a save was cut off there; "
+                "use an earlier checkpoint."
+            )
+        (count,) = counts
+        if count != "one" and len(paths) != int(count):
+            raise MamaError(
+                f"{self.where} holds {len(paths)} of {int(count)} {stem} files: restore the missing ones, or use an "
+                "earlier checkpoint."
+            )
+
+    def read(self, name: str, start: int, length: int, bits: bool = False) -> Tensor:
+        """The flat range [start, start + length) of `name`; with `bits` of flags, packed anew from `start` on.
+
+        Raises `MamaError` if no file holds some part of it.
+        """
+        parts = []
+        position, end = start, start + length
+        for file, ranges in sorted(self._files, key=lambda pair: pair[1].get(name, (0, 0))[0]):
+            own, size = ranges.get(name, (0, 0))
+            low, high = max(position, own), min(end, own + size)
+            if low != position or low >= high:
+                continue
+            whole = file.get_slice(name)
+            if bits:
+                first = (low - own) // 8
+                flags = unpack_flags(whole[first : bytes_for(high - own)])
+                parts.append(flags[low - own - 8 * first : high - own - 8 * first])
+            else:
+                parts.append(whole[low - own : high - own])
+            position = high
+        if position != end:
+            raise MamaError(f"{self.where} holds nothing for {name} from element {position} on: the files do not fit.")
+        if bits:
+            return pack_bits(torch.cat(parts)) if parts else torch.empty(0, dtype=torch.uint8)
+        return torch.cat(parts) if parts else torch.empty(0)

@@ -1,0 +1,1 @@
+"""What is in a transformer: prunable matrices, decoder blocks, experts."""

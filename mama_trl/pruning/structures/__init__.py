@@ -1,0 +1,1 @@
+"""Whole heads and neurons, removed so that the model is really smaller."""

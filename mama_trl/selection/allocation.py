@@ -1,0 +1,92 @@
+"""How the total sparsity is shared among matrices: the allocation (the option `budget`)."""
+
+from typing import Optional
+
+from torch import Tensor
+
+from ..engines import ranks
+from ..model.targets import Target
+from .threshold import find_threshold, kept_count, kept_counts
+
+
+def uniform(sizes: list[int], sparsity: float) -> list[float]:
+    return [sparsity] * len(sizes)
+
+
+def global_densities(
+    scores: list[Tensor], sparsity: float, sizes: Optional[list[int]] = None, group: ranks.Group = None
+) -> list[float]:
+    """The density each matrix would have if all connections competed by `scores`.
+
+    Args:
+        scores: of each matrix, any shape, one dtype; with a `group` what this rank owns of it.
+        sizes: connections of each whole matrix; default those of `scores`.
+    """
+    sizes = sizes if sizes is not None else [score.numel() for score in scores]
+    keep = kept_count(sum(sizes), sparsity)
+    if keep >= sum(sizes):
+        return [1.0] * len(sizes)
+    kept = kept_counts(scores, find_threshold(scores, keep, group), group)
+    return [count / size for count, size in zip(kept, sizes)]
+
+
+def blended(
+    sizes: list[int], densities: list[float], sparsity: float, blend: float, floor: float = 0.1
+) -> list[float]:
+    """Sparsity per matrix: `blend` of `densities`, the rest uniform, with the exact total kept.
+
+    Args:
+        sizes: connections per matrix.
+        densities: kept share per matrix that the indicator asks for.
+        sparsity: overall sparsity.
+        blend: 0 uniform, 1 the indicator's own.
+        floor: least density, as a share of the overall one, so that no layer starves.
+
+    Returns:
+        Sparsities s with Σ kept_count(size, s) equal to kept_count(Σ size, sparsity).
+    """
+    target = kept_count(sum(sizes), sparsity)
+    overall = target / sum(sizes)
+    wanted = [(1 - blend) * overall + blend * density for density in densities]
+    low = [max(1, round(floor * overall * size)) for size in sizes]
+    # Scale what is above the floor until the total fits; a matrix can be full.
+    left, right = 0.0, max(1.0 / max(min(wanted), 1e-9), 1.0) * 2
+    for _ in range(100):
+        middle = (left + right) / 2
+        total = sum(_count(w * middle, s, f) for w, s, f in zip(wanted, sizes, low))
+        left, right = (middle, right) if total < target else (left, middle)
+    counts = [_count(w * right, s, f) for w, s, f in zip(wanted, sizes, low)]
+    # Rounding leaves a few too many: take them from the matrices with the most room above the floor.
+    while sum(counts) > target:
+        index = max(range(len(counts)), key=lambda i: (counts[i] - low[i], -i))
+        counts[index] -= min(sum(counts) - target, max(1, (counts[index] - low[index]) // 4))
+    while sum(counts) < target:
+        index = max(range(len(counts)), key=lambda i: (sizes[i] - counts[i], -i))
+        counts[index] += 1
+    return [1 - count / size for count, size in zip(counts, sizes)]
+
+
+def _count(density: float, size: int, floor: int) -> int:
+    return max(floor, min(size, round(density * size)))
+
+
+def default_blend(sparsity: float) -> float:
+    """Share of the sensitivity budget: 0.6 up to sparsity 0.95, from there falling to 0 at 0.99.
+
+    Gradients of the dense model speak for models near it. Chosen by benchmarks/budget_blend.py, which measures on text
+    that no other benchmark uses: on average over three models 0.6 was within 3 % of each one's best share up to 0.95;
+    at 0.99 any share lost on one of them.
+    """
+    return max(0.0, min(0.6, 15.0 * (0.99 - sparsity)))
+
+
+def shared_by(
+    scores: dict[str, Tensor], targets: list[Target], sparsity: float, blend: float
+) -> dict[str, float]:
+    """Sparsity by target name: `blend` of what a contest by these scores over the whole model gives, the rest uniform.
+
+    The number of kept connections is that of a uniform budget.
+    """
+    densities = global_densities([scores[t.name] for t in targets], sparsity)
+    sizes = [t.shape[0] * t.shape[1] for t in targets]
+    return dict(zip([t.name for t in targets], blended(sizes, densities, sparsity, blend)))

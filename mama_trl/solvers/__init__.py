@@ -1,0 +1,1 @@
+"""How one matrix is pruned: pure functions of tensors."""

@@ -1,0 +1,15 @@
+"""Wanda (Sun et al., arXiv 2306.11695): |w_ij| ‖x_j‖, compared within each output row, weights unchanged."""
+
+from torch import Tensor
+
+from ..indicators.formulas import activation
+from ..selection.patterns import nm_mask, row_mask
+
+
+def wanda(
+    weight: Tensor, input_norm: Tensor, sparsity: float, group: tuple[int, int] | None = None
+) -> tuple[Tensor, Tensor]:
+    """`weight` (out, in) fp32, `input_norm` (in,); `group` (N, M) or None. Returns (pruned weight, bool mask)."""
+    scores = activation(weight, input_norm)
+    mask = nm_mask(scores, *group) if group else row_mask(scores, sparsity)
+    return weight * mask, mask

@@ -1,0 +1,1 @@
+"""A training run: the Trainer's events, what a run remembers, trainers."""

@@ -1,0 +1,1 @@
+"""Distillation of a dense teacher into a pruned student."""

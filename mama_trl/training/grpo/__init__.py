@@ -1,0 +1,1 @@
+"""GRPO that prunes by what the reward asks for."""
