@@ -1,4 +1,4 @@
-"""`Unfinished`: finished blocks of a running `mama prune` on disk, so that a killed run goes on where it was."""
+"""Finished blocks of a running `mama prune` on disk, so that a killed run goes on where it was."""
 
 import hashlib
 import json
@@ -9,6 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from ..calibration.progress import Progress
 from ..errors import MamaError
 from ..folders import write_atomically
 from ..masks.bits import pack_bits, unpack_bits
@@ -80,10 +81,8 @@ class Unfinished:
         """Whether the block `targets` is stored."""
         return self._file(targets).exists()
 
-    def restore(self, targets: list[Target], masks: dict[str, Tensor]) -> bool:
-        """Writes a stored block into the model and `masks`; False if it is not stored."""
-        if not self.holds(targets):
-            return False
+    def restore(self, targets: list[Target], masks: dict[str, Tensor]) -> None:
+        """Writes a stored block into the model and `masks`."""
         stored = load_file(self._file(targets))
         for target in targets:
             target.matrix.copy_(stored[f"weight {target.name}"])
@@ -91,7 +90,6 @@ class Unfinished:
             masks[target.name] = unpack_bits(bits, target.shape)
             if target.bias is not None:
                 target.bias.data.copy_(stored[f"bias {target.name}"])
-        return True
 
     def remove(self) -> None:
         shutil.rmtree(self.folder, ignore_errors=True)
@@ -119,3 +117,20 @@ class Unfinished:
                 )
         if not stored and self.folder.exists():
             self.remove()  # blocks of nobody knows what
+
+
+class KeptProgress(Progress):
+    """Keeps each finished block in `unfinished`, and takes it from there when the command is called again."""
+
+    def __init__(self, label: str, unfinished: Unfinished, shown: bool = True):
+        super().__init__(label, shown)
+        self._unfinished = unfinished
+
+    def holds(self, targets: list[Target]) -> bool:
+        return self._unfinished.holds(targets)
+
+    def restore(self, targets: list[Target]) -> None:
+        self._unfinished.restore(targets, self.masks)
+
+    def finish(self, targets: list[Target]) -> None:
+        self._unfinished.store(targets, self.masks)
