@@ -5,6 +5,8 @@ the cases' own, so that they stay while the package's change: `allocation` is sp
 {indicator: {matrix name: (out, in) tensor}}, and a matrix's name is its parameter's, with `[expert]` for fused experts.
 """
 
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -18,36 +20,52 @@ from mama_trl import (
     MamaGRPOConfig,
     MamaGRPOTrainer,
     MaskSet,
-    budget,
-    indicators,
+    cli,
     prune,
     prune_structures,
-    redistribution,
-    selection,
 )
-from mama_trl.bits import unpack_bits
-from mama_trl.calibration import Gram, blockwise
-from mama_trl.cli import main
-from mama_trl.config import parse_indicators, parse_pattern
-from mama_trl.oneshot.alps import alps
-from mama_trl.oneshot.exchange import exchange
-from mama_trl.oneshot.factors import weights_and_biases
-from mama_trl.oneshot.magnitude import magnitude
-from mama_trl.oneshot.mama import mama
-from mama_trl.oneshot.recorded import indicator_options, recorded, shared_by
-from mama_trl.oneshot.resume import Unfinished
-from mama_trl.oneshot.sensitivity import sensitivities, sensitivity_budget
-from mama_trl.oneshot.sparsegpt import sparsegpt
-from mama_trl.oneshot.stages import staged
-from mama_trl.oneshot.structures import choose_structures, refit
-from mama_trl.oneshot.wanda import wanda
-from mama_trl.packing import load_packed, save_packed
-from mama_trl.schedule import Schedule
-from mama_trl.shards import shards_of
-from mama_trl.targets import find_targets
-from mama_trl.trajectory import Trajectory
+from mama_trl.calibration.blockwise import blockwise
+from mama_trl.calibration.progress import Progress
+from mama_trl.calibration.stagewise import stagewise
+from mama_trl.config import RECORDED_BUDGETS, default_blend, parse_pattern
+from mama_trl.engines.detect import shards_of
+from mama_trl.export.packed import load_packed, save_packed
+from mama_trl.indicators import formulas as indicators
+from mama_trl.indicators.calibration_gradients import sensitivities
+from mama_trl.indicators.combine import combine as combined
+from mama_trl.indicators.combine import weights_and_biases
+from mama_trl.indicators.recorded import recorded
+from mama_trl.indicators.source import StoredScores
+from mama_trl.indicators.trajectory import Trajectory
+from mama_trl.masks.bits import unpack_bits
+from mama_trl.model.targets import find_targets
+from mama_trl.pruning.resume import KeptProgress, Unfinished
+from mama_trl.selection import allocation
+from mama_trl.selection.everywhere import exact_mean, global_packed_masks
+from mama_trl.selection.largest import packed_masks
+from mama_trl.selection.patterns import OwnedScores, matrix_mask, nm_mask_of_owned, row_mask_of_owned
+from mama_trl.solvers import redistribution
+from mama_trl.solvers.alps import alps
+from mama_trl.solvers.exchange import exchange
+from mama_trl.solvers.groups import choose_structures, refit
+from mama_trl.solvers.magnitude import magnitude
+from mama_trl.solvers.mama import mama
+from mama_trl.solvers.methods import METHODS, solve_mama
+from mama_trl.solvers.problem import Gram
+from mama_trl.solvers.sparsegpt import sparsegpt
+from mama_trl.solvers.wanda import wanda
+from mama_trl.training.schedule import Schedule
 
-__all__ = ["load_packed", "main", "save_packed"]
+__all__ = ["load_packed", "save_packed"]
+
+
+def main(argv: list[str]) -> int:
+    """`mama` with the words that the cases use for budgets, and the blend that every budget had in one-shot pruning."""
+    argv = [{"sensitivity": "gradients"}.get(word, word) if before == "--budget" else word
+            for before, word in zip(["", *argv], argv)]
+    if any(f"--budget {name}" in " ".join(argv) for name in RECORDED_BUDGETS):
+        argv += ["--budget_blend", "0.6"]
+    return cli.main(argv)
 
 
 # ---------------------------------------------------------------------- a model's matrices and masks
@@ -89,11 +107,18 @@ def oneshot(
         goals: whether layers aim at the dense model's outputs.
         allocation, blend: sparsity by matrix; share of the sensitivity budget.
     """
+    if method == "mama" and not (goals and exchanges):
+        method = replace(METHODS["mama"], solve=partial(solve_mama, goals=goals, exchanges=exchanges))
     if criterion is not None:
-        options |= indicator_options(find_targets(model, experts=True), scores or {}, parse_indicators(criterion))
+        options["indicators"] = criterion
+    # The old word for a pass of calibration gradients, and the blend that every budget had in one-shot pruning.
+    options["budget"] = {"sensitivity": "gradients"}.get(options.get("budget"), options.get("budget"))
+    if options["budget"] in RECORDED_BUDGETS and blend is None:
+        blend = default_blend("gradients", options["sparsity"])
+    progress = options.pop("progress", False)
     return prune(
-        model, rows, method, layer_sparsity=allocation, budget_blend=blend, dense_goals=goals, exchanges=exchanges,
-        progress=False, **options,
+        model, rows, method, scores=StoredScores(scores), layer_sparsity=allocation, budget_blend=blend,
+        progress=progress, **options,
     )
 
 
@@ -113,7 +138,7 @@ def resumed_oneshot(make, rows: Tensor, folder: Path, **options) -> tuple[nn.Mod
     def attempt(kind: type[Unfinished]) -> tuple[nn.Module, MaskSet]:
         model, state = make(), kind(folder, {"command": "the same"})
         state.begin(model, rows)
-        return model, oneshot(model, rows, unfinished=state, **options)
+        return model, oneshot(model, rows, progress=KeptProgress("", state, shown=False), **options)
 
     try:
         attempt(_Dying)
@@ -134,7 +159,9 @@ def left_by_training(folder: str | Path, model: nn.Module) -> dict[str, dict[str
 
 def allocation_of(model: nn.Module, scores: dict[str, Tensor], sparsity: float, blend: float) -> dict[str, float]:
     """Sparsity by matrix as one indicator's scores share it."""
-    return shared_by(scores, find_targets(model, experts=True), sparsity, blend)
+    sizes = {target.name: target.shape[0] * target.shape[1] for target in find_targets(model, experts=True)}
+    shares = allocation.allocate([scores[name] for name in sizes], list(sizes.values()), sparsity, blend)
+    return dict(zip(sizes, shares))
 
 
 def calibration_gradients(model: nn.Module, rows: Tensor) -> dict[str, Tensor]:
@@ -143,19 +170,17 @@ def calibration_gradients(model: nn.Module, rows: Tensor) -> dict[str, Tensor]:
 
 
 def sensitivity_allocation(model: nn.Module, rows: Tensor, sparsity: float, blend: float) -> dict[str, float]:
-    return sensitivity_budget(model, rows, sparsity, blend, batch_size=4)
+    return allocation_of(model, calibration_gradients(model, rows), sparsity, blend)
 
 
 def grams(model: nn.Module, rows: Tensor) -> dict[str, Tensor]:
     """What each matrix reads, block by block through the unchanged model."""
     found: dict[str, Tensor] = {}
 
-    def visit(own, measured) -> None:
-        for name, gram in measured.items():
+    for measured in blockwise(model, rows, find_targets(model, experts=True), Progress("", shown=False), batch_size=4):
+        for name, gram in measured.grams.items():
             found.update({f"gram {name}": gram.gram, f"total {name}": gram.total})
             found[f"tokens {name}"] = torch.tensor(gram.tokens)
-
-    blockwise(model, rows, find_targets(model, experts=True), visit, batch_size=4)
     return found
 
 
@@ -163,16 +188,15 @@ def goals(model: nn.Module, rows: Tensor) -> dict[str, Tensor]:
     """What each matrix is to put out, where every matrix loses the smaller half of its weights when its turn comes."""
     found: dict[str, Tensor] = {}
 
-    def visit(own, measured, wanted) -> None:
-        for target in own:
-            gram, goal = measured[target.name], wanted.get(target.name)
-            found.update({f"gram {target.name}": gram.gram})
-            if goal is not None:
-                found.update({f"cross {target.name}": goal.cross, f"total {target.name}": goal.total})
-            target.matrix.mul_(target.matrix.abs() > target.matrix.abs().median())
-
+    targets = find_targets(model, experts=True)
     with torch.no_grad():
-        staged(model, rows, find_targets(model, experts=True), visit, batch_size=4)
+        for measured in stagewise(model, rows, targets, Progress("", shown=False), batch_size=4):
+            for target in measured.targets:
+                gram, goal = measured.grams[target.name], measured.goals.get(target.name)
+                found.update({f"gram {target.name}": gram.gram})
+                if goal is not None:
+                    found.update({f"cross {target.name}": goal.cross, f"total {target.name}": goal.total})
+                target.matrix.mul_(target.matrix.abs() > target.matrix.abs().median())
     return found
 
 
@@ -286,39 +310,39 @@ def formulas(weight: Tensor, gradient: Tensor, moment: Tensor, norm: Tensor, bia
 
 
 def combine(scores: dict[str, Tensor], weights: dict[str, float]) -> Tensor:
-    return indicators.combine(scores, weights)
+    return combined(scores, weights)
 
 
 def keep_largest(parts: list[Tensor], keep: int) -> list[Tensor]:
     """Bool masks of the `keep` largest of all parts together."""
-    packed = selection.packed_masks(parts, keep)
+    packed = packed_masks(parts, keep)
     return [unpack_bits(found, part.shape) for found, part in zip(packed, parts)]
 
 
 def keep_in_matrix(scores: Tensor, sparsity: float, pattern: str = "unstructured", by_row: bool = False) -> Tensor:
     """Mask of one matrix (out, in)."""
-    return selection.matrix_mask(scores, sparsity, parse_pattern(pattern), by_row)
+    return matrix_mask(scores, sparsity, parse_pattern(pattern), by_row)
 
 
 def keep_in_stored(scores: Tensor, rule: str, n: int, m: int = 0) -> Tensor:
     """Mask of scores stored (in, out), by `row` (n kept in each output) or `n:m`, as training computes it."""
-    piece = selection.Piece(scores.flatten(), 0, tuple(scores.shape), transposed=True)
-    mask = selection.row_piece_mask(piece, n) if rule == "row" else selection.nm_piece_mask(piece, n, m)
+    piece = OwnedScores(scores.flatten(), 0, tuple(scores.shape), transposed=True)
+    mask = row_mask_of_owned(piece, n) if rule == "row" else nm_mask_of_owned(piece, n, m)
     return mask.view(scores.shape)
 
 
 def keep_everywhere(scores: list[Tensor], sparsity: float, floor: float) -> list[Tensor]:
     """Masks of one threshold over all matrices; the scores stay as they are."""
     copies = [score.clone() for score in scores]
-    packed = selection.global_packed_masks(copies, [score.numel() for score in scores], sparsity, floor)
+    packed = global_packed_masks(copies, [score.numel() for score in scores], sparsity, floor)
     return [unpack_bits(found, score.shape) for found, score in zip(packed, scores)]
 
 
 def allocate(scores: list[Tensor], sparsity: float, blend: float) -> list[float]:
     """Sparsity of each matrix by a contest of their scores, blended with uniform."""
-    densities = budget.global_densities(scores, sparsity)
-    return budget.blended([score.numel() for score in scores], densities, sparsity, blend)
+    densities = allocation.global_densities(scores, sparsity)
+    return allocation.blended([score.numel() for score in scores], densities, sparsity, blend)
 
 
 def order_free_mean(scores: Tensor) -> float:
-    return selection.exact_mean(scores, scores.numel())
+    return exact_mean(scores, scores.numel())
