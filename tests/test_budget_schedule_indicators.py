@@ -50,7 +50,7 @@ def test_indicators_by_hand():
     weight, gradient = torch.tensor([[2.0, -3.0]]), torch.tensor([[0.5, 0.5]])
     assert activation(weight, torch.tensor([10.0, 1.0])).tolist() == [[20.0, 3.0]]
     assert sensitivity(weight, gradient).tolist() == [[1.0, 1.5]]
-    assert [RULES[name](weight * gradient).tolist() for name in ("sensitivity", "movement", "reward")] == [
+    assert [RULES[name].of_step(weight * gradient).tolist() for name in ("sensitivity", "movement", "reward")] == [
         [[1.0, 1.5]], [[-1.0, 1.5]], [[1.0, 2.25]]
     ]
     assert set(RULES) == set(STATISTICS)

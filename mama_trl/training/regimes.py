@@ -81,7 +81,11 @@ class HardMasks(Regime):
         return self.schedule.last
 
     def after_step(self, buckets: Optional[set[int]] = None) -> None:
-        if self.run.masks is not None:
+        if self.run.masks is None:
+            return
+        if buckets is None:  # nobody is about to make working copies of these masters
+            self.run.masks.enforce()
+        else:
             self.run.masks.apply(buckets=buckets)
 
     def end_step(self, step: int, optimizer) -> bool:
