@@ -5,7 +5,7 @@ from importlib.resources import files
 from pathlib import Path
 
 from ..errors import MamaError
-from .parser import nearest
+from .parser import actions_of, nearest
 
 ACCELERATE_CONFIGS = ("single", "ddp", "zero1", "zero2", "zero3", "zero3-offload", "fsdp2", "two-node")
 
@@ -36,7 +36,7 @@ def launch_arguments(parser, config: str, extra: list[str], argv: list[str]) -> 
     from accelerate.commands.launch import launch_command_parser
 
     path = accelerate_file(config)
-    options = [option for action in launch_command_parser()._actions for option in action.option_strings]
+    options = [option for action in actions_of(launch_command_parser()) for option in action.option_strings]
     for item in extra:
         flag = item.partition("=")[0]
         if flag.startswith("--") and flag not in options:

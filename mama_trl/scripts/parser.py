@@ -92,6 +92,11 @@ def share(text: str) -> float:
     return value
 
 
+def actions_of(parser: argparse.ArgumentParser) -> list[argparse.Action]:
+    """Every option that a parser knows, which argparse itself tells nobody."""
+    return parser._actions
+
+
 def nearest(name: str, known) -> str:
     """`" Did you mean --x?"`, or nothing."""
     near = difflib.get_close_matches(name, list(known), n=1)

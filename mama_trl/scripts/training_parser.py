@@ -13,7 +13,7 @@ from trl import ScriptArguments, TrlParser
 from ..config import MamaConfig
 from ..errors import MamaError, first_line
 from .launch import ACCELERATE_CONFIGS, hand_over, without
-from .parser import nearest
+from .parser import actions_of, nearest
 
 # Of some 250 flags, those a first run needs; `--help_all` shows the others.
 FIRST_FLAGS = (
@@ -70,7 +70,7 @@ class TrainingParser(TrlParser):
             description=self.description, formatter_class=argparse.RawDescriptionHelpFormatter,
             epilog="A YAML file sets the defaults and flags override it. --help_all shows every option of the trainer.",
         )
-        by_name = {action.dest: action for action in reversed(self._actions)}  # --x, not its later twin --no_x
+        by_name = {action.dest: action for action in reversed(actions_of(self))}  # --x, not its later twin --no_x
         for title, names in (
             ("what to train on", FIRST_FLAGS), ("what to prune, and how", mama), ("how to train", RUN_FLAGS)
         ):
@@ -82,7 +82,7 @@ class TrainingParser(TrlParser):
 
     @property
     def flags(self) -> list[str]:
-        return [option for action in self._actions for option in action.option_strings]
+        return [option for action in actions_of(self) for option in action.option_strings]
 
 
 def _add(group, action) -> None:
@@ -114,7 +114,7 @@ def parse(parser: TrainingParser, argv: list[str]) -> Optional[tuple]:
         parser.show_help("--help_all" in argv)
         return None
     recipe = read_recipe(argv)
-    known = {action.dest for action in parser._actions}
+    known = {action.dest for action in actions_of(parser)}
     for key in recipe:
         if key not in known and key != "env":
             raise MamaError(f"the config file has {key!r}, which {parser.prog} does not know.{nearest(key, known)}")

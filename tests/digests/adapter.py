@@ -304,7 +304,8 @@ def formulas(weight: Tensor, gradient: Tensor, moment: Tensor, norm: Tensor, bia
     """Every indicator's formula."""
     return {
         "magnitude": indicators.magnitude(weight), "activation": indicators.activation(weight, norm),
-        "sensitivity": indicators.sensitivity(weight, gradient), "movement": RULES["movement"].of_step(weight * gradient),
+        "sensitivity": indicators.sensitivity(weight, gradient),
+        "movement": RULES["movement"].of_step(weight * gradient),
         "curvature": indicators.curvature(weight, moment), "with biases": weights_and_biases(weight, bias),
     }
 
