@@ -6,10 +6,12 @@ from hypothesis import strategies as st
 from mama_trl import MamaError
 from mama_trl.masks.bits import unpack_bits
 from mama_trl.selection import bracket, largest, threshold
-from mama_trl.selection.everywhere import _floor_masks, exact_mean, global_masks
+from mama_trl.selection.everywhere import _floor_masks, exact_mean
 from mama_trl.selection.largest import keep_mask, packed_masks
 from mama_trl.selection.patterns import OwnedScores, nm_mask, row_mask, row_mask_of_owned
 from mama_trl.selection.threshold import find_threshold, kept_count
+
+from .reference import global_masks
 
 VALUES = st.sampled_from([0.0, -0.0, 1.0, -1.0, 0.5, 1e-42, -1e-42, 3.0e38, float("-inf"), 1 / 3])
 
