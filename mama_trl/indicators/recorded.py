@@ -69,7 +69,7 @@ def _curvature(folder: str, model: nn.Module, targets: list[Target]) -> dict[str
     except Exception as error:
         raise MamaError(f"{path} cannot be read ({type(error).__name__}): delete it to prune without it.") from None
     # The order in which the Trainer hands parameters to its optimizer: with weight decay first, then the others.
-    decayed = set(Trainer.get_decay_parameter_names(None, model))
+    decayed = set(Trainer.get_decay_parameter_names(None, model))  # type: ignore[arg-type]  # it looks at no trainer
     parameters = dict(model.named_parameters())
     names = sorted(parameters, key=lambda name: name not in decayed)
     moments = {name: state.get(i, {}).get("exp_avg_sq") for name, i in zip(names, order)}

@@ -1,6 +1,6 @@
 """Where indicators come from: a training run's statistics and optimizer, or tensors at hand."""
 
-from typing import Optional, Protocol
+from typing import Any, Optional, Protocol
 
 from torch import Tensor
 
@@ -42,7 +42,7 @@ class TrainingScores:
         optimizer: as the Trainer's events hand it over.
     """
 
-    def __init__(self, shards: dict[str, Shard], trajectory: Optional[Trajectory] = None, optimizer=None):
+    def __init__(self, shards: dict[str, Shard], trajectory: Optional[Trajectory] = None, optimizer: Any = None):
         self._shards, self._trajectory, self._optimizer = shards, trajectory, optimizer
 
     def names(self) -> list[str]:

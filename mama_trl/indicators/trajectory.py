@@ -83,27 +83,27 @@ class Trajectory:
 
         `names` limits which statistics are updated; None updates all.
         """
-        names = [name for name in self.statistics if names is None or name in names]
-        gradients = {shard.name: shard.gradient for shard in self.shards}
-        if not names or all(gradient is None for gradient in gradients.values()):
+        chosen = [name for name in self.statistics if names is None or name in names]
+        gradients = {shard.name: grad for shard in self.shards if (grad := shard.gradient) is not None}
+        if not chosen or not gradients:
             return
-        square = self._square_norm([g for g in gradients.values() if g is not None and g.numel()])
+        square = self._square_norm([gradient for gradient in gradients.values() if gradient.numel()])
         norm = ranks.total(square, self.group).sqrt()
         finite = torch.isfinite(norm)
         self.skipped += (~finite).float()
         usable = finite & (norm > 0)  # a GRPO step without any advantage says nothing
         scale = torch.where(usable, 1.0 / norm, 0.0)
         rates = {}
-        for name in names:
+        for name in chosen:
             self.counts[name] += usable.float()
             rates[name] = torch.where(usable, 1.0 / self.counts[name].clamp(1, WINDOW), 0.0)
         if norm.device.type == "cpu" and not usable:
             return  # asking costs nothing here; a GPU goes on with rate 0 rather than wait for the answer
         masters = {shard.name: shard.master for shard in self.shards}
         for group in self._groups:
-            members = [(s.name, begin, end) for s, begin, end in group if gradients[s.name] is not None]
+            members = [(s.name, begin, end) for s, begin, end in group if s.name in gradients]
             if members:
-                self._blend(names, members, masters, gradients, scale, rates)
+                self._blend(chosen, members, masters, gradients, scale, rates)
 
     def _square_norm(self, gradients: list[Tensor]) -> Tensor:
         """Σ g² over this rank's part, fp32 scalar."""
@@ -113,7 +113,10 @@ class Trajectory:
             total += torch.stack([norm.to(total.device) for norm in norms]).square().sum()
         return total
 
-    def _blend(self, names, members, masters, gradients, scale, rates) -> None:
+    def _blend(
+        self, names: list[str], members: list[tuple[str, int, int]], masters: dict[str, Tensor],
+        gradients: dict[str, Tensor], scale: Tensor, rates: dict[str, Tensor],
+    ) -> None:
         """statistic += rate · (f(w g / ‖g‖) − statistic) for one group, with one buffer for all its parameters."""
         first = masters[members[0][0]]
         sizes = [end - begin for _, begin, end in members]

@@ -22,7 +22,7 @@ from ..model.targets import Target, find_targets
 from ..selection.allocation import allocate
 from ..solvers.magnitude import magnitude
 from ..solvers.methods import METHODS, Method
-from ..solvers.problem import LayerProblem, Solution
+from ..solvers.problem import Gram, LayerProblem, Solution
 from .placement import LocalPlacement
 
 logger = logging.getLogger(__name__)
@@ -207,7 +207,7 @@ class _Sweep:
             sparsity=self.layer_sparsity.get(target.name, self.options.sparsity),
             nm=self.options.nm,
             by_row=self.options.scope == "row",
-            inputs=inputs,
+            inputs=Gram.zeros(0, target.device) if inputs is None else inputs,
             goal=measured.goals.get(target.name),
             redistribution=self.options.redistribution,
             criterion=criterion,

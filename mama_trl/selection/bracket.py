@@ -104,17 +104,19 @@ def scan(parts: list[Tensor], low: float, high: float) -> Scanned:
     return Scanned(masks, [numpy.concatenate(each) for each in positions], candidates, above, nans)
 
 
-def _scan_places(parts: list[Tensor], masks: list[Tensor], places: list[tuple[int, int]], low, high) -> list:
+def _scan_places(
+    parts: list[Tensor], masks: list[Tensor], places: list[tuple[int, int]], low: float, high: float
+) -> list:
     """(part, how many are above, positions and values within) of each chunk; its mask is written."""
     above, below = numpy.empty(_CHUNK, bool), numpy.empty(_CHUNK, bool)
-    low, high = numpy.float32(low), numpy.float32(high)
+    bottom, top = numpy.float32(low), numpy.float32(high)
     result = []
     for number, begin in places:
         scores = parts[number][begin : begin + _CHUNK].float().numpy()
         size, padded = len(scores), -(-len(scores) // 8) * 8
         above[size:padded], below[size:padded] = False, True
-        numpy.greater_equal(scores, high, out=above[:size])
-        numpy.less(scores, low, out=below[:size])
+        numpy.greater_equal(scores, top, out=above[:size])
+        numpy.less(scores, bottom, out=below[:size])
         upper = numpy.packbits(above[:padded], bitorder="little")
         masks[number].numpy()[begin // 8 : (begin + padded) // 8] = upper
         # Outside the bracket one comparison holds; so what lies within, and NaN, stands out, and is looked for a byte

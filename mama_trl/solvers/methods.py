@@ -39,7 +39,7 @@ class Method:
     budget: str = "uniform"
     tunable: bool = False
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if self.needs not in NEEDS:
             raise MamaError(f"`needs` of method {self.label} is {self.needs!r}: use one of {', '.join(NEEDS)}.")
 
