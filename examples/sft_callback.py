@@ -41,7 +41,8 @@ def main(steps: int = 120, sparsity: float = 0.7, output_dir: str = "runs/sft_ca
         disable_tqdm=True,
     )
     mama = MamaCallback(MamaConfig(
-        sparsity=sparsity, mask_schedule="cubic", mask_start=0.1, mask_end=0.5, mask_interval=20, calibration_tokens=4096
+        sparsity=sparsity, mask_schedule="cubic", mask_start=0.1, mask_end=0.5, mask_interval=20,
+        calibration_tokens=4096,
     ))
     data = Dataset.from_dict({"text": corpus.train})
     trainer = SFTTrainer(model, args=args, train_dataset=data, processing_class=tokenizer, callbacks=[mama])
