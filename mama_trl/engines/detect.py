@@ -1,4 +1,4 @@
-"""Which engine holds the parameters, and what is refused."""
+"""Recognises the engine that holds the parameters, by what it has left on them, and refuses those without a view."""
 
 from typing import Iterable
 

@@ -26,7 +26,7 @@ from ..solvers.problem import Gram, LayerProblem, Solution
 from .placement import LocalPlacement
 
 logger = logging.getLogger(__name__)
-# A layer that sees fewer calibration tokens than this, while others see all, is an expert that was hardly asked.
+# An expert of a mixture to which the router sends fewer calibration tokens than this is pruned by magnitude.
 FEWEST_TOKENS = 64
 TOKENS_PER_INPUT = 16
 

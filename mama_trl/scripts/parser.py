@@ -93,7 +93,7 @@ def share(text: str) -> float:
 
 
 def actions_of(parser: argparse.ArgumentParser) -> list[argparse.Action]:
-    """Every option that a parser knows, which argparse itself tells nobody."""
+    """Every option that a parser knows; argparse has no public name for them."""
     return parser._actions
 
 

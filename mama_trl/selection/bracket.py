@@ -1,6 +1,6 @@
-"""The k-th largest of many scores between two values: a guess from a sample, and one pass around it.
+"""Finds the k-th largest of many scores on a CPU in one pass: a sample says between which two values it lies.
 
-On a CPU a histogram of all scores costs more than two comparisons. So a sample first brackets the threshold; one pass
+A histogram of all scores would cost more there than two comparisons. So a sample first brackets the threshold; one pass
 packs what is above the bracket, and the few scores within it are all that has to be selected from.
 """
 

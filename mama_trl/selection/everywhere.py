@@ -65,7 +65,7 @@ def _floor_masks(parts: list[Tensor], keeps: list[int], group: ranks.Group) -> l
 def global_packed_masks(
     parts: list[Tensor], sizes: list[int], sparsity: float, floor: float = 0.25, group: ranks.Group = None
 ) -> list[Tensor]:
-    """One threshold over all matrices, after each is divided by its mean; a floor per matrix. Packed bits.
+    """Masks by one threshold over all matrices, each divided by its mean, with a least density for each. Packed bits.
 
     Args:
         parts: this rank's non-negative fp32 scores of each matrix. They are overwritten.

@@ -76,7 +76,7 @@ class LayerProblem:
         weight: (out, in) fp32.
         bias: (out,) fp32, or None.
         sparsity: pruned share of the matrix.
-        nm: (N, M) pattern, which goes before the sparsity; None = unstructured.
+        nm: (N, M) pattern, which takes precedence over the sparsity; None = unstructured.
         by_row: the same number kept in each output row, instead of where the matrix needs them.
         inputs: statistics of the inputs that the pruned layers before this one compute; of no inputs at all where the
             method needs nothing.

@@ -18,7 +18,7 @@ from .state import RunState
 
 
 class Regime:
-    """What a regime is asked, in the order of a run. All of it is collective.
+    """The interface of a regime: methods in the order in which a run calls them. All of them are collective.
 
     Tensors that must survive a kill go into `run.regime_tensors` (what this rank owns of each parameter, by a name that
     ends in "/" and the parameter's): they are saved with each checkpoint and are there again when a resumed run begins.
@@ -52,7 +52,7 @@ class Regime:
 
 
 class HardMasks(Regime):
-    """Masks on a schedule: one early mask, a cubic ramp, or the masks there are; zeros after every step.
+    """Masks on a schedule (one early mask, a ramp, or those that there are), and exact zeros after every step.
 
     Raises:
         MamaError: `mask_schedule` is hold and there are no masks.
