@@ -1,10 +1,10 @@
 """Finds the layer groups of a decoder block: which layers read one tensor, and which write to the residual stream.
 
-    INPUT ─┬────────────────────────────────(+)─┬────────────────────────────(+)─▶ OUTPUT
-           └▶ norm₁ ─▶ q, k, v ─▶ attention ─▶ o ┘└▶ norm₂ ─▶ gate, up ─▶ down ┘
-                       group 1                 2             group 3      4
-                       norm = norm₁      writer,             norm = norm₂ writer,
-                       source = INPUT    place = norm₂       source = norm₂ place = OUTPUT
+    INPUT ─┬─────────────────────────────────────(+)─┬────────────────────────────(+)─▶ OUTPUT
+           └▶ norm₁ ─▶ q, k, v ─▶ attention ─▶ o ─┘  └▶ norm₂ ─▶ gate, up ─▶ down ─┘
+                       group 1              group 2              group 3     group 4
+               norm = norm₁,             writer,         norm = norm₂,       writer,
+               source = INPUT            place = norm₂   source = norm₂      place = OUTPUT
 
 Names say nothing about that, so the block is run on a short probe: which layer writes to the residual stream, and where
 that is seen, shows when each layer is silenced once; which norm feeds a layer, by the identity of tensors. A place is
