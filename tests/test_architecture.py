@@ -7,7 +7,7 @@ from pathlib import Path
 from mama_trl import MamaConfig
 from mama_trl.solvers import mama
 
-from .test_callback import train
+from .helpers import train
 from .test_imports import ROOMS
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -20,7 +20,7 @@ from mama_trl.pruning.structures.remove import prune_structures
 from mama_trl.selection.threshold import kept_count
 from mama_trl.solvers.problem import Gram
 
-from .conftest import DENSE, MIXTURES
+from ..conftest import DENSE, MIXTURES
 
 
 @pytest.mark.parametrize("architecture", DENSE + MIXTURES)

@@ -12,9 +12,9 @@ from mama_trl.cli import main
 from mama_trl.masks.maskset import MaskSet
 from mama_trl.pruning.prune import prune
 
-from .tiny_tokenizer import tiny_tokenizer
+from ..tiny_tokenizer import tiny_tokenizer
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 # demo*.yaml are recipes of `mama run`, not of a training command.
 RECIPES = sorted(p for p in (ROOT / "configs").rglob("*.yaml") if p.parent != ROOT / "configs")
 SIZES = dict(

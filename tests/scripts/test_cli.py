@@ -13,7 +13,7 @@ from mama_trl.evaluation.rewards import accuracy, last_number
 from mama_trl.masks.maskset import MaskSet
 from mama_trl.scripts import data, launch, training_parser
 
-from .tiny_tokenizer import tiny_tokenizer
+from ..tiny_tokenizer import tiny_tokenizer
 
 TEXT = "\n\n".join(f"{a} plus {b} makes {a + b}, and {b} plus {a} too." for a in range(12) for b in range(12))
 

@@ -15,8 +15,8 @@ from mama_trl.pruning.prune import prune
 from mama_trl.selection.allocation import allocate
 from mama_trl.selection.threshold import kept_count
 
-from .test_callback import train
-from .tiny_tokenizer import tiny_tokenizer
+from ..helpers import train
+from ..tiny_tokenizer import tiny_tokenizer
 
 
 @pytest.fixture

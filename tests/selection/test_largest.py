@@ -11,7 +11,7 @@ from mama_trl.selection.largest import keep_mask, packed_masks
 from mama_trl.selection.patterns import OwnedScores, nm_mask, row_mask, row_mask_of_owned
 from mama_trl.selection.threshold import find_threshold, kept_count
 
-from .reference import global_masks
+from ..reference import global_masks
 
 VALUES = st.sampled_from([0.0, -0.0, 1.0, -1.0, 0.5, 1e-42, -1e-42, 3.0e38, float("-inf"), 1 / 3])
 

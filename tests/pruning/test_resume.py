@@ -18,7 +18,7 @@ from mama_trl.errors import MamaError
 from mama_trl.pruning.prune import prune
 from mama_trl.pruning.resume import FOLDER, KeptProgress, Unfinished
 
-from .tiny_tokenizer import tiny_tokenizer
+from ..tiny_tokenizer import tiny_tokenizer
 
 TEXT = "\n\n".join(f"{a} plus {b} makes {a + b}, and {b} plus {a} too." for a in range(16) for b in range(16))
 

@@ -19,8 +19,8 @@ from mama_trl.pruning.structures.remove import prune_structures
 from mama_trl.solvers.groups import choose_structures, refit, solve_structures, structure_costs
 from mama_trl.solvers.problem import Gram
 
-from .conftest import DENSE, MIXTURES
-from .tiny_tokenizer import tiny_tokenizer
+from ..conftest import DENSE, MIXTURES
+from ..tiny_tokenizer import tiny_tokenizer
 
 # A config with a free head_dim describes fewer heads; these have none.
 NO_HEADS = {"gpt2", "opt", "gpt_neox", "gpt_oss"}

@@ -18,7 +18,7 @@ from mama_trl import (
 )
 from mama_trl.demo import arithmetic
 from mama_trl.training.distillation.losses import forward_kl
-from tests.test_callback import ZeroCheck
+from tests.helpers import ZeroCheck
 
 ARCHITECTURES = ["llama", "gpt2", "qwen3"]
 COMMON = dict(

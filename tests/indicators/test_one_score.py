@@ -11,13 +11,13 @@ from mama_trl.indicators import trajectory
 from mama_trl.indicators.source import StoredScores
 from mama_trl.pruning.update import Update, update_masks
 
-from .test_callback import train
+from ..helpers import train
 
 
 @pytest.fixture(scope="module", params=["gpt2", "llama"])
 def trained(request, tmp_path_factory):
     """A run of four steps that recorded everything, and what each connection's indicators are by their formulas."""
-    from .conftest import tiny
+    from ..conftest import tiny
 
     rows = torch.randint(2, 384, (32, 24), generator=torch.Generator().manual_seed(0))
     config = MamaConfig(sparsity=0.0, statistics=["sensitivity", "movement", "reward"])

@@ -5,45 +5,12 @@ from pathlib import Path
 import pytest
 import torch
 from datasets import Dataset
-from transformers import EarlyStoppingCallback, Trainer, TrainerCallback, TrainingArguments
+from transformers import EarlyStoppingCallback, Trainer, TrainerCallback
 
 from mama_trl import MamaCallback, MamaConfig, MamaError, MaskSet
 from mama_trl.model.targets import find_targets
 
-
-class ZeroCheck(TrainerCallback):
-    """Counts pruned connections that are not zero right after every optimizer step and at its end."""
-
-    def __init__(self, mama):
-        self.mama, self.steps, self.violations = mama, 0, 0
-
-    def on_step_end(self, args, state, control, model=None, **kwargs):
-        if self.mama.masks is not None:
-            self.steps += 1
-            self.violations += self.mama.masks.verify(model)
-
-
-def arguments(folder, **changes):
-    values = dict(
-        output_dir=str(folder), use_cpu=True, max_steps=8, per_device_train_batch_size=4, logging_steps=1,
-        learning_rate=1e-2, report_to=[], save_strategy="no", disable_tqdm=True, seed=0,
-    )
-    return TrainingArguments(**{**values, **changes})
-
-
-def dataset(rows):
-    return Dataset.from_dict({"input_ids": rows.tolist(), "labels": rows.tolist()}).with_format("torch")
-
-
-def train(model, rows, folder, config, callbacks=(), resume=None, **changes):
-    mama = MamaCallback(config)
-    check = ZeroCheck(mama)
-    trainer = Trainer(
-        model, args=arguments(folder, **changes), train_dataset=dataset(rows), eval_dataset=dataset(rows[:4]),
-        callbacks=[mama, check, *callbacks],
-    )
-    trainer.train(resume_from_checkpoint=resume)
-    return trainer, mama, check
+from ..helpers import arguments, dataset, train
 
 
 @pytest.mark.parametrize("architecture", ["llama", "qwen3", "gpt2", "opt"])
@@ -237,7 +204,7 @@ from transformers import TrainerCallback
 sys.path.insert(0, {root!r})
 from mama_trl import MamaConfig, folders
 from tests.conftest import tiny
-from tests.test_callback import train
+from tests.helpers import train
 
 write, saves = folders.write_atomically, [0]
 
@@ -268,7 +235,7 @@ def test_kill_9_while_saving_leaves_a_whole_checkpoint(make_model, tmp_path, cap
 
     from mama_trl.training.checkpoints import cut_off, newest_whole
 
-    root = str(Path(__file__).resolve().parents[1])
+    root = str(Path(__file__).resolve().parents[2])
     code = KILLED_SAVE.format(root=root, when=when, half=half, folder=str(tmp_path))
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=root)
     assert done.returncode == -9, done.stderr[-2000:]
