@@ -1,9 +1,11 @@
-"""A training run on a tiny model, and the check of zeros that most tests of it want."""
+"""What tests of several rooms make: a training run on a tiny model, a layer with inputs, masks."""
 
+import torch
 from datasets import Dataset
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
-from mama_trl import MamaCallback
+from mama_trl import MamaCallback, MaskSet
+from mama_trl.model.targets import find_targets
 
 
 class ZeroCheck(TrainerCallback):
@@ -39,3 +41,19 @@ def train(model, rows, folder, config, callbacks=(), resume=None, **changes):
     )
     trainer.train(resume_from_checkpoint=resume)
     return trainer, mama, check
+
+
+def layer(outputs=12, inputs=16, tokens=400, seed=0):
+    """A random weight (out, in) and inputs (tokens, in) that go with one another."""
+    generator = torch.Generator().manual_seed(seed)
+    mixing = torch.randn(inputs, inputs, generator=generator)
+    samples = torch.randn(tokens, inputs, generator=generator) @ mixing
+    return torch.randn(outputs, inputs, generator=generator), samples
+
+
+def some_masks(model):
+    """A mask for every target, of about 0.3 density."""
+    generator = torch.Generator().manual_seed(0)
+    return MaskSet.from_masks(
+        {t.name: torch.rand(t.parameter.shape, generator=generator) > 0.7 for t in find_targets(model)}
+    )

@@ -1,14 +1,8 @@
-import math
+"""The demo's text, tokenizer and task."""
 
-import pytest
 import torch
 
-from mama_trl import MamaError
 from mama_trl.demo import arithmetic, corpus
-from mama_trl.evaluation.perplexity import perplexity
-from mama_trl.evaluation.size import sparsity_by_kind
-from mama_trl.evaluation.tasks import task_accuracy
-from mama_trl.evaluation.text import blocks, read_text
 
 
 def test_corpus_is_split_by_file_and_repeatable():
@@ -49,52 +43,3 @@ def test_the_reward_checks_the_whole_number():
     completions = ["19", "19\n12", "190", "", " 19 and", "1 9"]
     assert arithmetic.correct(completions, ["19"] * 6) == [1.0, 1.0, 0.0, 0.0, 1.0, 0.0]
     assert arithmetic.correct([[{"role": "assistant", "content": "7\n"}]], ["7"]) == [1.0]
-
-
-def test_perplexity_by_hand(make_model, rows):
-    model = make_model("llama").eval()
-    found = perplexity(model, rows[:5], batch_size=2)
-    with torch.no_grad():
-        losses = [model(input_ids=row[None], labels=row[None]).loss.item() for row in rows[:5]]
-    assert found["nats"] == pytest.approx(sum(losses) / 5, rel=1e-5)
-    assert found["perplexity"] == pytest.approx(math.exp(found["nats"]))
-    assert found["tokens"] == 5 * 31 and found["sequence_length"] == 32
-
-
-def test_accuracy_keeps_the_order_of_unequal_prompts(make_model, tokenizer):
-    """Greedy completions batched by length equal those made one by one."""
-    from mama_trl.evaluation.tasks import generate
-
-    model = make_model("llama")
-    prompts = ["1+1=", "12345+67890=", "def f(", "7+8="]
-    together = generate(model, tokenizer, prompts, 5, batch_size=4)
-    alone = [generate(model, tokenizer, [prompt], 5)[0] for prompt in prompts]
-    assert together == alone
-    seen = []
-    task_accuracy(model, tokenizer, prompts, list("abcd"), lambda completions, answer: seen.extend(answer) or [1.0] * 4)
-    assert seen == list("abcd")
-
-
-def test_sparsity_by_kind_counts_zeros(make_model):
-    model = make_model("llama")
-    model.model.layers[0].mlp.up_proj.weight.data[:32] = 0  # half of one of two
-    found = sparsity_by_kind(model)
-    assert found["up_proj"] == pytest.approx(0.25) and found["q_proj"] == 0.0
-    assert 0 < found["all"] < 0.25
-
-
-@pytest.mark.parametrize(
-    "name,content,word",
-    [("empty.txt", b"", "no text"), ("bad.txt", b"\xff\xfe\xfa", "UTF-8"), ("bad.jsonl", b"{\"a\": 1}\n", "text")],
-)
-def test_bad_text_files_are_said(tmp_path, name, content, word):
-    (tmp_path / name).write_bytes(content)
-    with pytest.raises(MamaError, match=word):
-        read_text(tmp_path / name)
-
-
-def test_jsonl_and_short_text(tmp_path, tokenizer):
-    (tmp_path / "a.jsonl").write_text('{"text": "one"}\n{"text": "two"}\n')
-    assert read_text(tmp_path / "a.jsonl") == "one\n\ntwo"
-    with pytest.raises(MamaError, match="sequence_length"):
-        blocks(tokenizer, "one", 32)

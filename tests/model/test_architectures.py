@@ -7,9 +7,6 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from mama_trl.calibration.blockwise import blockwise
-from mama_trl.calibration.grams import collect
-from mama_trl.calibration.progress import Progress
 from mama_trl.errors import MamaError, warn_once
 from mama_trl.evaluation.perplexity import perplexity
 from mama_trl.masks.maskset import MaskSet
@@ -18,7 +15,6 @@ from mama_trl.model.targets import find_targets
 from mama_trl.pruning.prune import METHODS, prune
 from mama_trl.pruning.structures.remove import prune_structures
 from mama_trl.selection.threshold import kept_count
-from mama_trl.solvers.problem import Gram
 
 from ..conftest import DENSE, MIXTURES
 
@@ -55,62 +51,6 @@ def test_every_method_on_every_architecture(make_model, rows, architecture, meth
         with torch.no_grad():
             difference = float((again(rows[:2]).logits - model.eval()(rows[:2]).logits).abs().max())
         assert difference < 1e-5
-
-
-@pytest.mark.parametrize("architecture", DENSE + MIXTURES)
-def test_blockwise_calibration_is_the_models_own_forward_pass(make_model, rows, architecture):
-    """Masks, positions, rotary tables, sliding windows and routing are those of an ordinary run."""
-    model = make_model(architecture).eval()
-    targets = find_targets(model, experts=True)
-    seen = {}
-    for measured in blockwise(model, rows[:6], targets, Progress("test", shown=False), batch_size=4):
-        seen.update(measured.grams)
-    model.config._experts_implementation = "eager"
-    with torch.no_grad():
-        plain = collect(model, targets, lambda: model(input_ids=rows[:6], use_cache=False))
-    assert set(seen) == set(plain) == {t.name for t in targets}
-    for name, gram in plain.items():
-        assert torch.allclose(seen[name].gram, gram.gram, rtol=1e-3, atol=1e-3 * float(gram.gram.abs().max())), name
-        assert seen[name].tokens == gram.tokens, name
-
-
-@pytest.mark.parametrize("architecture", DENSE + MIXTURES)
-def test_a_gram_is_over_what_the_matrix_multiplies(make_model, rows, architecture):
-    """Whatever is written into a matrix changes its output by exactly what the gram says: trace(D G Dᵀ)."""
-    model = make_model(architecture).eval()
-    model.config._experts_implementation = "eager"
-    for target in find_targets(model, experts=True):
-        if target.expert is not None:
-            continue
-        inputs = []
-        handle = target.module.register_forward_hook(lambda module, args, out: inputs.append(args[0]))
-        with torch.no_grad():
-            grams = collect(model, [target], lambda: model(input_ids=rows[:2], use_cache=False))
-        handle.remove()
-        flat = torch.cat([x.reshape(-1, x.shape[-1]) for x in inputs])
-        assert torch.allclose(grams[target.name].gram, flat.T @ flat, rtol=1e-4, atol=1e-4)
-
-
-@pytest.mark.parametrize("architecture", MIXTURES)
-def test_grams_of_fused_experts_are_over_the_tokens_routed_to_them(make_model, rows, architecture):
-    model = make_model(architecture).eval()
-    targets = [t for t in find_targets(model, experts=True) if t.expert is not None]
-    module = targets[0].module
-    routed, stored = [], {}
-    handle = module.register_forward_pre_hook(
-        lambda _, args, kwargs: routed.append([*args, *kwargs.values()]), with_kwargs=True
-    )
-    for measured in blockwise(model, rows[:4], targets, Progress("test", shown=False), batch_size=4):
-        stored.update(measured.grams)
-    handle.remove()
-    states, index, _ = routed[0]
-    states, index = states.reshape(-1, states.shape[-1]).float(), index.reshape(-1, index.shape[-1])
-    first = [t for t in targets if t.module is module and t.attribute == targets[0].attribute]
-    assert sum(stored[t.name].tokens for t in first) == rows[:4].numel() * 2  # top 2 of 4
-    for target in first:
-        own = states[(index == target.expert).any(-1)]
-        assert stored[target.name].tokens == own.shape[0]
-        assert torch.allclose(stored[target.name].gram, own.T @ own, rtol=1e-3, atol=1e-3)
 
 
 def test_experts_stored_input_first_are_turned(make_model):
@@ -177,69 +117,6 @@ def test_evaluation_counts_the_zeros_of_experts(make_model):
     parameters = {name: p.numel() for name, p in model.named_parameters()}
     assert all(parameters[row["name"]] == row["size"] for row in sparsity_by_matrix(model))
     assert "experts.down_proj" in sparsity_by_kind(model)
-
-
-def test_a_batched_product_gives_each_expert_the_rows_that_are_not_zero(rows):
-    """Llama 4 hands every expert all tokens, those of the others zeroed."""
-    torch.manual_seed(0)
-    config = AutoConfig.for_model("llama4_text", **{**SHAPE, **OTHERS["llama4_text"][0]})
-    model = AutoModelForCausalLM.from_config(config).eval()
-    targets = [t for t in find_targets(model, experts=True) if t.expert is not None]
-    module, inputs, grams = targets[0].module, [], {}
-    handle = module.register_forward_pre_hook(lambda _, args: inputs.append(args[0]))
-    for measured in blockwise(model, rows[:4], targets, Progress("test", shown=False), batch_size=4):
-        grams.update(measured.grams)
-    handle.remove()
-    each = inputs[0].view(4, -1, 32).float()
-    first = [t for t in targets if t.attribute == targets[0].attribute]
-    assert sum(grams[t.name].tokens for t in first) == rows[:4].numel()  # one expert a token
-    for target in first:
-        own = each[target.expert]
-        assert torch.allclose(grams[target.name].gram, own.T @ own, rtol=1e-3, atol=1e-4)
-
-
-def test_layers_that_read_one_tensor_share_one_gram(make_model, rows):
-    model = make_model("llama").eval()
-    shared = {}
-    for measured in blockwise(model, rows[:4], find_targets(model), Progress("test", shown=False)):
-        shared.update(measured.grams)
-    by_kind = {name.split(".")[-2]: gram for name, gram in shared.items() if ".0." in name}
-    assert by_kind["q_proj"] is by_kind["k_proj"] is by_kind["v_proj"]
-    assert by_kind["gate_proj"] is by_kind["up_proj"]
-    assert len({id(gram) for gram in by_kind.values()}) == 4
-    assert by_kind["q_proj"].tokens == rows[:4].numel()
-    assert isinstance(by_kind["o_proj"], Gram)
-
-
-def test_block_arguments_that_depend_on_the_tokens_are_refused(make_model, rows):
-    model = make_model("llama").eval()
-    block = model.model.layers[0]
-    inner = block.forward
-    block.forward = lambda hidden_states, per_token=None, **kwargs: inner(hidden_states, **kwargs)
-    outer = model.model.forward
-    current = {}
-
-    def forward(input_ids=None, **kwargs):
-        current["ids"] = input_ids
-        return outer(input_ids=input_ids, **kwargs)
-
-    model.model.forward = forward
-    call = type(block).__call__
-    block.__class__ = type("Talkative", (type(block),), {
-        "__call__": lambda self, *args, **kwargs: call(self, *args, per_token=current["ids"], **kwargs)
-    })
-    with pytest.raises(MamaError, match="change with the tokens"):
-        prune(model, rows[:16], "wanda", 0.5, batch_size=8, progress=False)
-
-
-def test_inputs_that_overflow_are_said(make_model, rows):
-    model = make_model("llama")
-    with torch.no_grad():
-        model.model.layers[1].self_attn.v_proj.weight[0, 0] = float("inf")
-    with pytest.raises(MamaError, match="NaN or infinity during calibration"):
-        prune(model, rows[:8], "wanda", 0.5, progress=False)
-
-
 SHAPE = {
     "vocab_size": 384, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
     "num_key_value_heads": 2, "head_dim": 8, "max_position_embeddings": 64, "pad_token_id": 0, "eos_token_id": 1,
