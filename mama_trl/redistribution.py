@@ -4,8 +4,16 @@ The best kept weights solve min over W' supported on the mask of ‖X (W − W')
 all that is needed.
 """
 
+import logging
+
 import torch
 from torch import Tensor
+
+from .errors import warn_once
+
+logger = logging.getLogger(__name__)
+# Sums of up to a million squares, added up in fp32, are off by about 1e-6 of themselves; this is one power more.
+ROUNDING = 1e-5
 
 
 def unit_diagonal(gram: Tensor, damping: float = 1e-4) -> tuple[Tensor, Tensor]:
@@ -30,6 +38,40 @@ def unit_diagonal(gram: Tensor, damping: float = 1e-4) -> tuple[Tensor, Tensor]:
     return scaled, scale
 
 
+def centred(gram: Tensor, total: Tensor, tokens: int) -> tuple[Tensor, Tensor]:
+    """Gram of the deviations from the mean input, in which inputs that do not vary are exactly zero.
+
+    The difference of two large numbers leaves rounding in the place of a constant's variance. Scaled to unit diagonal
+    such noise looks like any other input, and weights of any size on it cost nothing. A bias has a constant's share
+    already, so its row and column are set to zero: `unit_diagonal` then takes it for an input that is never active.
+
+    Args:
+        gram: Xᵀ X, fp32 (in, in), not centred.
+        total: Σ x, (in,).
+        tokens: rows of X.
+
+    Returns:
+        (centred gram (in, in), bool (in,) True = constant: a variance below fp32 rounding of the second moment).
+    """
+    result = gram - total.outer(total / max(tokens, 1))
+    constant = result.diagonal() <= ROUNDING * gram.diagonal()
+    result[constant] = 0
+    result[:, constant] = 0
+    return result, constant
+
+
+def centred_cross(cross: Tensor, total: Tensor, wanted: Tensor, constant: Tensor) -> Tensor:
+    """Σ (y − ȳ) xᵀ of the wanted outputs, for use beside `centred`: zero where an input is constant.
+
+    Args:
+        cross: Σ y xᵀ, fp32 (out, in).
+        total: Σ x, (in,).
+        wanted: the mean output ȳ, (out,), which the bias will hold.
+        constant: bool (in,), from `centred`.
+    """
+    return (cross - wanted.outer(total)).masked_fill_(constant, 0)
+
+
 def least_squares(
     weight: Tensor,
     gram: Tensor,
@@ -51,12 +93,13 @@ def least_squares(
         cross: Yᵀ X (out, in) of the wanted outputs Y; default those of W, which is W Xᵀ X.
 
     Returns:
-        W' (out, in), zero where the mask is. Never worse than `start` in damped layer error.
+        W' (out, in), zero where the mask is. No row has a higher layer error than in `start`.
     """
     scaled, scale = unit_diagonal(gram, damping)
-    guess = (weight if start is None else start) * scale * mask
+    start = (weight if start is None else start) * mask
     goal = normal_equations(weight, scaled, scale, damping, cross)
-    return conjugate_gradients(scaled, goal, mask, guess, steps) / scale * mask
+    new = conjugate_gradients(scaled, goal, mask, start * scale, steps) / scale * mask
+    return safer_rows(weight, new, start, gram, cross)
 
 
 def normal_equations(weight: Tensor, scaled: Tensor, scale: Tensor, damping: float, cross: Tensor | None) -> Tensor:
@@ -74,6 +117,7 @@ def conjugate_gradients(matrix: Tensor, goal: Tensor, mask: Tensor, guess: Tenso
         guess: start (out, in), zero outside the mask.
     """
     guess = guess.clone()
+    mask = mask.to(guess.dtype)  # a product with a bool mask takes four times as long
     residual = (goal - guess @ matrix) * mask
     direction = residual.clone()
     square = residual.square().sum(1, keepdim=True)
@@ -90,14 +134,53 @@ def conjugate_gradients(matrix: Tensor, goal: Tensor, mask: Tensor, guess: Tenso
     return guess
 
 
-def mean(weight: Tensor, mask: Tensor) -> Tensor:
+def safer_rows(weight: Tensor, new: Tensor, plain: Tensor, gram: Tensor, cross: Tensor | None = None) -> Tensor:
+    """Of each row the better of a solution and of something plain, by the layer error itself, without damping.
+
+    A solver ends where its own, damped and rounded problem says; a gram that is far from positive definite, or of
+    fewer tokens than inputs, can put that far from any sensible weight, NaN and infinity included.
+
+    Args:
+        weight: dense weights W, fp32 (out, in).
+        new: the solution (out, in).
+        plain: what it must not be worse than (out, in), such as W on the same mask.
+        gram, cross: as `least_squares` takes them.
+    """
+    # Where nothing is asked but the dense weight's own outputs, nothing is owed beyond the error's square.
+    owed = None if cross is None else torch.nan_to_num(cross) - weight @ gram
+    ours, theirs = (_error(weight, kept, gram, owed) for kept in (new, plain))
+    worse = ~(ours <= theirs)  # NaN counts as worse
+    if not worse.any():
+        return new
+    if (ours - theirs)[worse].nan_to_num(torch.inf).max() > 1e-3 * theirs.abs().max():
+        warn_once(
+            logger,
+            "the solution of some rows was worse than dropping the same connections, so these were just dropped: "
+            "more calibration tokens, or less correlated inputs, would help",
+        )
+    return torch.where(worse.unsqueeze(1), plain, new)
+
+
+def _error(weight: Tensor, kept: Tensor, gram: Tensor, owed: Tensor | None) -> Tensor:
+    """Layer error of each row, (out,), up to what no weight changes where the wanted outputs are not W's own."""
+    error = layer_error(weight, kept, gram)
+    return error if owed is None else error - 2 * ((kept - weight) * owed).sum(1)
+
+
+def mean(weight: Tensor, mask: Tensor, gram: Tensor | None = None) -> Tensor:
     """The paper's rule done right: each row's pruned sum is spread evenly over its kept connections.
 
     The published code zeroes the pruned values before it sums them, so that it moves nothing; here the sum is
-    taken first. `weight` (out, in), `mask` bool (out, in).
+    taken first. `weight` (out, in), `mask` bool (out, in). With a `gram` (in, in) of the inputs, rows that lose more so
+    than by dropping keep their values as they are.
     """
     moved = (weight * ~mask).sum(1, keepdim=True) / mask.sum(1, keepdim=True).clamp_min(1)
-    return (weight + moved) * mask
+    new = (weight + moved) * mask
+    if gram is None:
+        return new
+    plain = weight * mask
+    worse = layer_error(weight, new, gram) > layer_error(weight, plain, gram)
+    return torch.where(worse.unsqueeze(1), plain, new)
 
 
 def bias_shift(weight: Tensor, kept: Tensor, input_mean: Tensor) -> Tensor:
