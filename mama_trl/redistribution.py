@@ -19,22 +19,26 @@ ROUNDING = 1e-5
 def unit_diagonal(gram: Tensor, damping: float = 1e-4) -> tuple[Tensor, Tensor]:
     """Scales a gram to unit diagonal and damps it.
 
+    An input that is never active counts for nothing and is held to its dense weights by the damping alone; its scale is
+    a thousandth of the smallest living one, so that it is the first to go.
+
     Args:
         gram: fp32 (in, in), positive semi-definite.
         damping: added to the unit diagonal.
 
     Returns:
-        (scaled gram (in, in), scale (in,)) with gram ≈ scale ⊗ scale * scaled. An input that is always zero
-        gets the smallest scale of the living ones, so that nothing is divided by zero.
+        (scaled gram (in, in), scale (in,)) with gram ≈ scale ⊗ scale * scaled.
     """
     diagonal = gram.diagonal().clamp_min(0)
-    alive = diagonal > diagonal.max() * 1e-12
-    smallest = torch.where(alive, diagonal, diagonal.max()).min()
-    scale = torch.where(alive, diagonal, smallest.clamp_min(1e-30)).sqrt()
-    scaled = gram / scale.outer(scale)
+    alive = ~(diagonal <= (diagonal.max() * 1e-12).clamp_min(1e-30))  # NaN stays, to be found by who selects
+    smallest = torch.where(alive, diagonal, torch.inf).min()
+    smallest = torch.where(torch.isfinite(smallest), smallest, 1e6)  # nothing is alive: any scale will do
+    scale = torch.where(alive, diagonal, 1e-6 * smallest).sqrt()
     # Correlations: beyond 1 there is only rounding, such as a small variance beside a large mean leaves.
-    scaled = torch.nan_to_num(scaled).clamp_(-1.0, 1.0)
-    scaled.diagonal().copy_(torch.ones_like(scale) + damping)
+    scaled = torch.nan_to_num(gram / scale.outer(scale)).clamp_(-1.0, 1.0)
+    scaled[~alive] = 0
+    scaled[:, ~alive] = 0
+    scaled.diagonal().copy_(alive.to(scale.dtype) + damping)
     return scaled, scale
 
 
@@ -105,7 +109,10 @@ def least_squares(
 def normal_equations(weight: Tensor, scaled: Tensor, scale: Tensor, damping: float, cross: Tensor | None) -> Tensor:
     """Right side B (out, in) of W' A = B in unit-diagonal space, A = `scaled` with its damping towards `weight`."""
     dense = weight * scale
-    return dense @ scaled if cross is None else torch.nan_to_num(cross / scale) + damping * dense
+    if cross is None:
+        return dense @ scaled
+    alive = scaled.diagonal() > 0.5  # nothing can be asked of an input that is never active
+    return torch.nan_to_num(cross / scale) * alive + damping * dense
 
 
 def conjugate_gradients(matrix: Tensor, goal: Tensor, mask: Tensor, guess: Tensor, steps: int) -> Tensor:
