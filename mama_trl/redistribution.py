@@ -153,25 +153,21 @@ def safer_rows(weight: Tensor, new: Tensor, plain: Tensor, gram: Tensor, cross: 
         plain: what it must not be worse than (out, in), such as W on the same mask.
         gram, cross: as `least_squares` takes them.
     """
-    # Where nothing is asked but the dense weight's own outputs, nothing is owed beyond the error's square.
-    owed = None if cross is None else torch.nan_to_num(cross) - weight @ gram
-    ours, theirs = (_error(weight, kept, gram, owed) for kept in (new, plain))
-    worse = ~(ours <= theirs)  # NaN counts as worse
+    # The difference of both errors in one product: (N − P) · ((N + P) G − 2 C), with C = W G where nothing else is asked.
+    both = new + plain
+    slope = (both - 2 * weight) @ gram if cross is None else both @ gram - 2 * torch.nan_to_num(cross)
+    parts = (new - plain) * slope
+    change, size = parts.sum(1), parts.abs().sum(1)
+    worse = ~(change <= 0)  # NaN counts as worse
     if not worse.any():
         return new
-    if (ours - theirs)[worse].nan_to_num(torch.inf).max() > 1e-3 * theirs.abs().max():
+    if (worse & ~(change <= 1e-3 * size).logical_and(size.isfinite())).any():  # by more than rounding
         warn_once(
             logger,
             "the solution of some rows was worse than dropping the same connections, so these were just dropped: "
             "more calibration tokens, or less correlated inputs, would help",
         )
     return torch.where(worse.unsqueeze(1), plain, new)
-
-
-def _error(weight: Tensor, kept: Tensor, gram: Tensor, owed: Tensor | None) -> Tensor:
-    """Layer error of each row, (out,), up to what no weight changes where the wanted outputs are not W's own."""
-    error = layer_error(weight, kept, gram)
-    return error if owed is None else error - 2 * ((kept - weight) * owed).sum(1)
 
 
 def mean(weight: Tensor, mask: Tensor, gram: Tensor | None = None) -> Tensor:

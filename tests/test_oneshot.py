@@ -16,7 +16,7 @@ from mama_trl.oneshot.sensitivity import default_blend, sensitivities, sensitivi
 from mama_trl.oneshot.sparsegpt import BLOCK, sparsegpt
 from mama_trl.oneshot.stages import Goal, staged
 from mama_trl.oneshot.wanda import wanda
-from mama_trl.redistribution import bias_shift, layer_error, least_squares, mean, unit_diagonal
+from mama_trl.redistribution import bias_shift, layer_error, least_squares, mean
 from mama_trl.selection import kept_count, row_mask
 from mama_trl.targets import find_targets
 

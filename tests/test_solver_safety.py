@@ -18,7 +18,14 @@ from mama_trl.oneshot.mama import mama, stand_in
 from mama_trl.oneshot.sparsegpt import sparsegpt
 from mama_trl.oneshot.wanda import wanda
 from mama_trl.redistribution import (
-    bias_shift, centred, centred_cross, layer_error, least_squares, mean, safer_rows, unit_diagonal,
+    bias_shift,
+    centred,
+    centred_cross,
+    layer_error,
+    least_squares,
+    mean,
+    safer_rows,
+    unit_diagonal,
 )
 from mama_trl.selection import kept_count
 

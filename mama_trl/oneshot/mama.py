@@ -55,16 +55,14 @@ def mama(
     Returns:
         (new weight (out, in), bool mask (out, in)). No row has a higher layer error than W on the same mask.
     """
-    scaled, scale = unit_diagonal(gram, DAMPING)
-    goal = normal_equations(weight, scaled, scale, DAMPING, cross)
-    metric = torch.ones_like(scale)
+    matrix, scale = unit_diagonal(gram, DAMPING)
+    goal = normal_equations(weight, matrix, scale, DAMPING, cross)
     if importance is None:
-        metric = stand_in(scaled, 1 - group[0] / group[1] if group else sparsity)
-    matrix = scaled / metric.outer(metric)  # ‖x‖ · metric is now the unit in which weights are measured
-    sparse, mask = _search(
-        matrix, goal / metric, weight * scale * metric, sparsity, group, importance, by_row, fresh=cross is not None
-    )
-    sparse = conjugate_gradients(scaled, goal, mask, sparse / metric, REFIT)
+        worth = stand_in(matrix, 1 - group[0] / group[1] if group else sparsity)
+        matrix.div_(worth).div_(worth.unsqueeze(1))
+        goal, scale = goal.div_(worth), scale * worth
+    sparse, mask = _search(matrix, goal, weight * scale, sparsity, group, importance, by_row, fresh=cross is not None)
+    sparse = conjugate_gradients(matrix, goal, mask, sparse, REFIT)
     return safer_rows(weight, sparse / scale * mask, weight * mask, gram, cross), mask
 
 
