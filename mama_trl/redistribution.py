@@ -153,7 +153,7 @@ def safer_rows(weight: Tensor, new: Tensor, plain: Tensor, gram: Tensor, cross: 
         plain: what it must not be worse than (out, in), such as W on the same mask.
         gram, cross: as `least_squares` takes them.
     """
-    # The difference of both errors in one product: (N − P) · ((N + P) G − 2 C), where C is W G if nothing else is asked.
+    # The difference of both errors in one product: (N − P) · ((N + P) G − 2 C), C = W G if nothing else is asked.
     both = new + plain
     slope = (both - 2 * weight) @ gram if cross is None else both @ gram - 2 * torch.nan_to_num(cross)
     parts = (new - plain) * slope
