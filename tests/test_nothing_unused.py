@@ -9,8 +9,6 @@ from mama_trl import __all__ as exported
 ROOT = Path(__file__).resolve().parents[1]
 USERS = [path for folder in ("mama_trl", "benchmarks", "examples", "train") for path in (ROOT / folder).rglob("*.py")]
 PAGES = "".join(path.read_text(encoding="utf-8") for path in [ROOT / "README.md", ROOT / "docs" / "extend.md"])
-# Reference forms that belong into tests/reference.py, once no other branch is at work in solvers/redistribution.py.
-WAITING = {"least_squares", "layer_error"}
 
 
 def test_every_function_has_a_user():
@@ -28,6 +26,6 @@ def test_every_function_has_a_user():
                     defined[node.name] = f"{path.relative_to(ROOT)}:{node.lineno}"
     for name, where in defined.items():
         elsewhere = name in exported or re.search(rf"\b{name}\b", PAGES)
-        assert name in used or elsewhere or name in WAITING, (
+        assert name in used or elsewhere, (
             f"{where}: nothing but tests uses {name}: wire it in, or move it into tests/reference.py"
         )
