@@ -24,7 +24,8 @@ class LayerGroup:
     the group's inputs from the residual stream at `source`. Places are names of submodules, meaning their inputs, or
     INPUT and OUTPUT of the block. `last` is the module whose inputs end the measuring pass. `whole` is set where a
     block can be started behind this group: the submodule (the attention) that all of the block up to `place` runs
-    through, beside the residual stream itself; see `silenced`.
+    through, beside the residual stream itself; see `silenced`. `apart`: the probe did not show which targets read one
+    tensor, so each gets a gram of its own.
     """
 
     targets: list[Target] = field(default_factory=list)
@@ -34,6 +35,7 @@ class LayerGroup:
     source: str = ""
     last: Optional[nn.Module] = None
     whole: Optional[nn.Module] = None
+    apart: bool = False
 
 
 def startable_segments(groups: list[LayerGroup]) -> list[list[LayerGroup]]:
@@ -96,7 +98,7 @@ def plan_groups(
             group.norm, group.source = _source(block, group, plain, set(places.values()) - {OUTPUT} | {INPUT})
     uncalled = [t for t in own if t not in order]
     if uncalled:  # experts in a list to which no token of the probe came: measured over a whole pass, at the end
-        groups.append(LayerGroup(uncalled))
+        groups.append(LayerGroup(uncalled, apart=True))
     return groups
 
 

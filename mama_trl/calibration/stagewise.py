@@ -27,6 +27,7 @@ from .blockwise import measured_outside
 from .grams import Measured, collect
 from .plan import INPUT, OUTPUT, LayerGroup, plan_groups, silenced, startable_segments, tokens_of
 from .progress import Progress
+from .sequences import Sequences, batches
 from .source import BlocksInPlace
 
 PROBE_TOKENS = 32
@@ -34,7 +35,7 @@ PROBE_TOKENS = 32
 
 def stagewise(
     model: nn.Module,
-    sequences: Tensor,
+    sequences: Sequences,
     targets: list[Target],
     progress: Progress,
     batch_size: int = 8,
@@ -48,22 +49,24 @@ def stagewise(
     (`contextlib.closing`) where it is not exhausted, so that the model is left as it was.
 
     Args:
-        sequences: token ids, int64 (n, sequence_length).
+        sequences: token ids, int64 (n, sequence_length), or 1-D tensors of any lengths; another rank may have others,
+            in another number.
         progress: a block that it holds is restored instead of measured.
         source: gives each block in a form that this process can run alone; default as it stands in the model.
     """
     source = source if source is not None else BlocksInPlace()
     blocks = find_blocks(model)
-    device = next(model.parameters()).device
-    sequences = sequences.to(device)
-    batches = sequences.split(batch_size)
+    parts = batches(sequences, batch_size, next(model.parameters()).device)
+    passes = source.passes(len(parts))
     progress.begin(len(blocks))
     with inference(model), experts_one_by_one(targets):
         runner = BlockRunner(model, blocks, source.may_stop)
-        dense = [runner.first_inputs(batch) for batch in batches]
-        # Its own: what a block is given depends on batch size and length.
+        dense = [runner.first_inputs(part) for part in parts]
+        for _ in range(len(parts), passes):
+            runner.first_inputs(parts[-1])
+        # Its own: what a block is given depends on the batch's shape, and the real ones must not be overwritten.
         short = BlockRunner(model, blocks, source.may_stop)
-        probe = short.first_inputs(source.broadcast_tokens(sequences[:1, :PROBE_TOKENS]))
+        probe = short.first_inputs(source.broadcast_tokens(parts[0][0, :PROBE_TOKENS]).unsqueeze(0))
         pruned = list(dense)
         for index, (name, block) in enumerate(blocks):
             own = [t for t in targets if t.module_name.startswith(name + ".")]
@@ -86,7 +89,7 @@ def stagewise(
         dense.clear()
         pruned.clear()
         outside = [t for t in targets if t.block is None]
-        yield from measured_outside(model, batches, outside, progress)
+        yield from measured_outside(model, parts, outside, progress, passes)
 
 
 class _Walk:
@@ -225,7 +228,7 @@ def _measure(
             for handle in handles:
                 handle.remove()
 
-    grams = collect(block, group.targets, forward)
+    grams = collect(block, group.targets, forward, share=not group.apart)
     if writer:
         return grams, {writer.name: goal}
     if pairs is None:

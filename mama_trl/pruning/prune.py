@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from ..calibration.blockwise import blockwise
 from ..calibration.grams import Measured
 from ..calibration.progress import Progress
+from ..calibration.sequences import Sequences, check_sequences, spread_evenly, tokens_in
 from ..calibration.stagewise import stagewise
 from ..config import RECORDED_BUDGETS, PruningOptions, check_choice
 from ..errors import MamaError
@@ -33,7 +34,7 @@ TOKENS_PER_INPUT = 16
 
 def prune(
     model: nn.Module,
-    calibration: Optional[Tensor] = None,
+    calibration: Optional[Sequences] = None,
     method: str | Method = "mama",
     sparsity: float = PruningOptions.sparsity,
     scores: Optional[ScoreSource] = None,
@@ -50,7 +51,7 @@ def prune(
     magnitude, without redistribution; which ones is logged once.
 
     Args:
-        calibration: token ids, int64 (n, sequence_length); not needed by magnitude.
+        calibration: token ids, int64 (n, sequence_length), or 1-D tensors of any lengths; not needed by magnitude.
         method: a name in `METHODS`, or a `Method`.
         sparsity: pruned share of the prunable connections, in [0, 1).
         scores: where indicators and budgets come from that a training run recorded (see indicators/recorded.py).
@@ -77,7 +78,7 @@ def prune(
     if not isinstance(progress, Progress):
         progress = Progress(f"prune ({method.label})", progress)
     progress.masks = placement.found
-    tokens = 0 if calibration is None else calibration.numel()
+    tokens = 0 if calibration is None else tokens_in(calibration)
     sweep = _Sweep(method, options, scores, layer_sparsity, placement, tokens)
     walk = _walk(model, calibration, method, placement, batch_size, progress)
     with torch.no_grad(), closing(progress), closing(walk):
@@ -126,7 +127,7 @@ def check_redistribution(options: PruningOptions, targets: list[Target]) -> None
 
 
 def _allocated(
-    model: nn.Module, calibration: Optional[Tensor], method: Method, options: PruningOptions, scores: ScoreSource,
+    model: nn.Module, calibration: Optional[Sequences], method: Method, options: PruningOptions, scores: ScoreSource,
     placement: LocalPlacement, batch_size: int, progress: bool,
 ) -> dict[str, float]:
     """Sparsity by target name under the options' budget."""
@@ -147,7 +148,7 @@ def _allocated(
 
 
 def _walk(
-    model: nn.Module, calibration: Optional[Tensor], method: Method, placement: LocalPlacement, batch_size: int,
+    model: nn.Module, calibration: Optional[Sequences], method: Method, placement: LocalPlacement, batch_size: int,
     progress: Progress,
 ) -> Iterator[Measured]:
     """The walk through the model that measures what the method needs."""
@@ -224,18 +225,11 @@ class _Sweep:
             )
 
 
-def _enough(calibration: Tensor, targets: list[Target]) -> Tensor:
+def _enough(calibration: Sequences, targets: list[Target]) -> Sequences:
     """The calibration sequences that MAMA reads: half of them, or more if that were fewer than 16 tokens per input.
 
     It goes through each block about five times where one-pass methods go twice, so that it costs about the same.
     """
     widest = max(target.shape[1] for target in targets)
-    least = -(-TOKENS_PER_INPUT * widest // calibration.shape[1])
+    least = -(-TOKENS_PER_INPUT * widest * len(calibration) // max(tokens_in(calibration), 1))
     return spread_evenly(calibration, max(-(-len(calibration) // 2), least))
-
-
-def spread_evenly(sequences: Tensor, count: int) -> Tensor:
-    """At most `count` sequences, evenly from all: the first may be of one kind of text, the last of another."""
-    if count >= len(sequences):
-        return sequences
-    return sequences[torch.arange(count, device=sequences.device) * len(sequences) // count]

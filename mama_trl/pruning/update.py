@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ..calibration.progress import Progress
+from ..calibration.sequences import Sequences
 from ..config import MamaConfig
 from ..engines import ranks
 from ..engines.shard import Shard, group_of
@@ -37,8 +38,7 @@ class Update:
     Args:
         model: the unwrapped model.
         shards: of the targets' weights and biases, by parameter name.
-        calibration: this rank's token ids, int64 (n, sequence_length), the same n on every rank; needed by
-            activation and by redistribution.
+        calibration: this rank's token ids, in any number and lengths; needed by activation and by redistribution.
     """
 
     model: nn.Module
@@ -47,7 +47,7 @@ class Update:
     config: MamaConfig
     trajectory: Optional[Trajectory] = None
     optimizer: Optional[object] = None
-    calibration: Optional[Tensor] = None
+    calibration: Optional[Sequences] = None
 
     @property
     def owned(self) -> list[Shard]:
