@@ -62,6 +62,11 @@ class _ExpertInputs(TorchFunctionMode):
                     self._grams[target.name].add(rows[(rows != 0).any(-1)])  # tokens of other experts are zeroed
 
 
+def first_of(args: tuple, kwargs: dict) -> Tensor:
+    """What a layer reads, whether it is called by position or by name."""
+    return args[0] if args else next(iter(kwargs.values()))
+
+
 def collect(
     module: nn.Module, targets: list[Target], forward: Callable[[], None], share: bool = True
 ) -> dict[str, Gram]:
@@ -97,7 +102,7 @@ def collect(
         last[:] = inputs, first
 
     handles = [
-        t.module.register_forward_pre_hook(lambda _, args, t=t: note(t, args[0]))
+        t.module.register_forward_pre_hook(lambda _, args, kwargs, t=t: note(t, first_of(args, kwargs)), with_kwargs=True)
         for t in linear
     ]
     try:

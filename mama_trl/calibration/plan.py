@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ..model.targets import Target
+from .grams import first_of
 
 INPUT, OUTPUT = "(input)", "(output)"
 
@@ -117,12 +118,13 @@ def _order(own: list[Target], run: Callable[[], Tensor]) -> tuple[list[Target], 
     called: list[nn.Module] = []
     inputs: dict[nn.Module, Tensor] = {}
 
-    def hook(module, args):
+    def hook(module, args, kwargs):
         if module not in inputs:
             called.append(module)
-            inputs[module] = args[0] if args else None
+            inputs[module] = first_of(args, kwargs)
 
-    handles = [module.register_forward_pre_hook(hook) for module in dict.fromkeys(t.module for t in own)]
+    modules = dict.fromkeys(t.module for t in own)
+    handles = [module.register_forward_pre_hook(hook, with_kwargs=True) for module in modules]
     try:
         run()
     finally:

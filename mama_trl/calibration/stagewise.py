@@ -24,7 +24,7 @@ from ..model.runner import BlockRunner, Stop, experts_one_by_one, inference
 from ..model.targets import Target
 from ..solvers.problem import Goal, Gram
 from .blockwise import measured_outside
-from .grams import Measured, collect
+from .grams import Measured, collect, first_of
 from .plan import INPUT, OUTPUT, LayerGroup, plan_groups, silenced, startable_segments, tokens_of
 from .progress import Progress
 from .sequences import Sequences, batches
@@ -189,27 +189,27 @@ def _measure(
         pairs = torch.zeros(first.shape[1], first.shape[1], device=first.parameter.device)
         pairs = Goal(pairs, pairs.new_zeros(first.shape[1]))
 
-    def silence(_, args, out):
-        seen["inputs"] = args[0]
+    def silence(_, args, kwargs, out):
+        seen["inputs"] = first_of(args, kwargs)
         return torch.zeros_like(out)
 
     def arrive(_, args):
         seen["before"] = args[0]
         raise Stop
 
-    def stop(_, args):
-        seen["inputs"] = args[0]
+    def stop(_, args, kwargs):
+        seen["inputs"] = first_of(args, kwargs)
         raise Stop
 
     def forward() -> None:
         # Registered here, after the hooks that feed the grams, so that those run first.
         handles = []
         if writer:
-            handles.append(writer.module.register_forward_hook(silence))
+            handles.append(writer.module.register_forward_hook(silence, with_kwargs=True))
             if group.place != OUTPUT:
                 handles.append(block.get_submodule(group.place).register_forward_pre_hook(arrive))
         elif group.last is not None:
-            handles.append(group.last.register_forward_pre_hook(stop))
+            handles.append(group.last.register_forward_pre_hook(stop, with_kwargs=True))
         try:
             for i, states in enumerate(pruned):
                 try:

@@ -1,8 +1,7 @@
 """Runs one decoder block at a time, with the arguments that the model gives it."""
 
 from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Iterator, Optional
+from typing import Iterator
 
 import torch
 from torch import Tensor, nn
@@ -45,15 +44,6 @@ def experts_one_by_one(targets: list[Target]) -> Iterator[None]:
             config._experts_implementation = before[key]
 
 
-@dataclass
-class _Call:
-    """How the model called a block: its arguments beside the hidden states, and what these are called (None: first)."""
-
-    name: Optional[str]
-    args: tuple
-    kwargs: dict
-
-
 class BlockRunner:
     """How the model calls its blocks: each block's arguments beside the hidden states.
 
@@ -69,7 +59,7 @@ class BlockRunner:
         self._model = model
         self._may_stop = may_stop  # False: engines whose hooks must see every forward pass to its end
         self._blocks = [block for _, block in blocks]
-        self._noted: dict[torch.Size, list[_Call]] = {}
+        self._noted: dict[torch.Size, list[tuple[tuple, dict]]] = {}
 
     def put(self, index: int, block: nn.Module) -> None:
         """Runs `block` in the place of the model's own."""
@@ -86,7 +76,7 @@ class BlockRunner:
                     f"calibration needs one of each, in order: {_PLAIN}."
                 )
             self._noted[batch.shape] = calls
-        elif not _same(vars(calls[0]), vars(self._noted[batch.shape][0])):
+        elif not _same(calls[0], self._noted[batch.shape][0]):
             raise MamaError(
                 f"the blocks of {type(self._model).__name__} get arguments that change with the tokens, which "
                 f"block-by-block calibration cannot give them: {_PLAIN}."
@@ -95,22 +85,19 @@ class BlockRunner:
 
     def run(self, index: int, states: Tensor) -> Tensor:
         """One block on hidden states (n, sequence_length, hidden)."""
-        noted, block = self._noted[states.shape[:2]][index], self._blocks[index]
-        if noted.name is None:
-            out = block(states, *noted.args, **noted.kwargs)
-        else:
-            out = block(**{noted.name: states}, **noted.kwargs)
+        args, kwargs = self._noted[states.shape[:2]][index]
+        out = self._blocks[index](states, *args, **kwargs)
         return out[0] if isinstance(out, tuple) else out
 
-    def _watch(self, batch: Tensor, blocks: list[nn.Module]) -> tuple[Tensor, list[_Call]]:
-        """The first block's inputs and how each block is called; stops before the last of `blocks` runs."""
+    def _watch(self, batch: Tensor, blocks: list[nn.Module]) -> tuple[Tensor, list[tuple[tuple, dict]]]:
+        """The first block's inputs and each block's (args, kwargs); stops before the last of `blocks` runs."""
         states: list[Tensor] = []
-        calls: list[_Call] = []
+        calls: list[tuple[tuple, dict]] = []
 
         def hook(block, args, kwargs):
             name = None if args else _states_in(kwargs, batch)
             states.append(args[0] if args else kwargs[name])
-            calls.append(_Call(name, args[1:], {k: v for k, v in kwargs.items() if k != name}))
+            calls.append((args[1:], {key: value for key, value in kwargs.items() if key != name}))
             if block is blocks[-1] and self._may_stop:
                 raise Stop
 

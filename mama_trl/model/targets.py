@@ -57,6 +57,12 @@ class Target:
         return (columns, rows) if self.transposed else (rows, columns)
 
     @property
+    def of_mixture(self) -> bool:
+        """Whether this is an expert's, fused or in a list within the block, which a router may pass by."""
+        numbers = sum(part.isdigit() for part in self.module_name.split("."))
+        return self.expert is not None or (self.block is not None and numbers > 1)
+
+    @property
     def device(self) -> torch.device:
         return self.parameter.device
 

@@ -176,6 +176,7 @@ class _Sweep:
     placement: LocalPlacement
     tokens: int
     rare: list[str] = field(default_factory=list)
+    unseen: set[str] = field(default_factory=set)
 
     def solve(self, measured: Measured) -> None:
         """Prunes the layers that were measured together."""
@@ -199,6 +200,8 @@ class _Sweep:
         criterion, inputs = Criterion(self.options.weights), measured.grams.get(target.name)
         if inputs is not None and inputs.tokens < min(FEWEST_TOKENS, self.tokens):
             self.rare.append(target.name)
+            if inputs.tokens == 0 and not target.of_mixture:
+                self.unseen.add(target.name)
         found = {name: self.scores.whole(name, target) for name in criterion.sourced}
         read = self.placement.read(measured.targets, target)
         if read is None:
@@ -216,13 +219,23 @@ class _Sweep:
         )
 
     def warn_of_rare(self) -> None:
-        if self.rare:
+        uncalled = [name for name in self.rare if name in self.unseen]
+        few = [name for name in self.rare if name not in self.unseen]
+        how, all_of_them = "pruned by magnitude without redistribution", len(self.placement.targets)
+        if few:
             logger.warning(
-                "%d of %d matrices saw fewer than %d calibration tokens and were pruned by magnitude without "
-                "redistribution (%s%s): more calibration tokens would reach them.",
-                len(self.rare), len(self.placement.targets), FEWEST_TOKENS, ", ".join(self.rare[:5]),
-                ", ..." if len(self.rare) > 5 else "",
+                "%d of %d matrices saw fewer than %d calibration tokens and were %s (%s): more calibration tokens would "
+                "reach them.", len(few), all_of_them, FEWEST_TOKENS, how, _some(few),
             )
+        if uncalled:
+            logger.warning(
+                "%d of %d matrices are never called as modules, since their weights are used directly, so what they read "
+                "cannot be measured; they were %s (%s).", len(uncalled), all_of_them, how, _some(uncalled),
+            )
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:5]) + (", ..." if len(names) > 5 else "")
 
 
 def _enough(calibration: Sequences, targets: list[Target]) -> Sequences:
