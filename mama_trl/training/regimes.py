@@ -8,6 +8,7 @@ from typing import Optional
 
 from ..calibration.sequences import Sequences, own_share
 from ..errors import MamaError
+from ..indicators.history import histogram
 from ..pruning.prune import check_redistribution
 from ..pruning.update import Update, check_moments, update_masks
 from .schedule import Schedule
@@ -95,7 +96,7 @@ class HardMasks(Regime):
             )
             run.masks = update_masks(update, sparsity)
             if run.trajectory.recorded("reward"):
-                run.attribution = run.trajectory.histogram("reward", run.masks)
+                run.attribution = histogram(run.trajectory, "reward", run.masks)
         return True
 
     def _own_calibration(self) -> Optional[Sequences]:
