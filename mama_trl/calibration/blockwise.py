@@ -7,10 +7,10 @@ from torch import Tensor, nn
 from ..model.blocks import find_blocks
 from ..model.language import call
 from ..model.runner import BlockRunner, experts_one_by_one, inference
+from ..model.sequences import Sequences, batches
 from ..model.targets import Target
 from .grams import Measured, collect
 from .progress import Progress
-from .sequences import Sequences, batches
 
 
 def blockwise(

@@ -101,10 +101,10 @@ def collect(
             )
         last[:] = inputs, first
 
-    handles = [
-        t.module.register_forward_pre_hook(lambda _, args, kwargs, t=t: note(t, first_of(args, kwargs)), with_kwargs=True)
-        for t in linear
-    ]
+    def hook_of(target: Target) -> Callable:
+        return lambda _, args, kwargs: note(target, first_of(args, kwargs))
+
+    handles = [t.module.register_forward_pre_hook(hook_of(t), with_kwargs=True) for t in linear]
     try:
         with _ExpertInputs(fused, grams) if fused else nullcontext():
             forward()

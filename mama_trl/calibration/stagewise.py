@@ -21,13 +21,13 @@ from torch import Tensor, nn
 
 from ..model.blocks import find_blocks
 from ..model.runner import BlockRunner, Stop, experts_one_by_one, inference
+from ..model.sequences import Sequences, batches
 from ..model.targets import Target
 from ..solvers.problem import Goal, Gram
 from .blockwise import measured_outside
 from .grams import Measured, collect, first_of
 from .plan import INPUT, OUTPUT, LayerGroup, plan_groups, silenced, startable_segments, tokens_of
 from .progress import Progress
-from .sequences import Sequences, batches
 from .source import BlocksInPlace
 
 PROBE_TOKENS = 32

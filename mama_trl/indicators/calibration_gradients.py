@@ -9,8 +9,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 from tqdm import tqdm
 
-from ..calibration.sequences import Sequences, batches
 from ..model.language import call, logits_of
+from ..model.sequences import Sequences, batches
 from ..model.targets import Target
 from .formulas import sensitivity
 
@@ -21,8 +21,8 @@ def sensitivities(
     """Mean over batches of |w g| by target name, (out, in) in bf16.
 
     Args:
-        rows: token ids, int64 (n, sequence_length), or 1-D tensors of any lengths; the loss is the model's own next-token
-            cross-entropy.
+        rows: token ids, int64 (n, sequence_length), or 1-D tensors of any lengths; the loss is the model's own
+            next-token cross-entropy.
     """
     parameters = {id(t.parameter): t.parameter for t in targets}
     totals = {key: torch.zeros_like(p.data, dtype=torch.bfloat16) for key, p in parameters.items()}

@@ -10,7 +10,6 @@ from ..errors import MamaError
 from .language import call, is_encoder_decoder
 from .targets import Target
 
-
 _PLAIN = "use method magnitude, or in training `indicators` magnitude and `redistribution` none"
 
 
@@ -116,7 +115,8 @@ def check_walkable(model: nn.Module) -> None:
     """Raises `MamaError` for a model whose blocks cannot be run one after the other on the tokens alone."""
     if is_encoder_decoder(model):
         raise MamaError(
-            f"{type(model).__name__} is an encoder-decoder, whose decoder cannot be calibrated block by block: {_PLAIN}."
+            f"{type(model).__name__} is an encoder-decoder, whose decoder cannot be calibrated block by block: "
+            f"{_PLAIN}."
         )
 
 
@@ -127,7 +127,7 @@ def _states_in(kwargs: dict, batch: Tensor) -> str:
     for name, value in kwargs.items():
         if isinstance(value, Tensor) and value.is_floating_point() and value.shape[:2] == batch.shape:
             return name
-    raise MamaError(f"a block gets no hidden states (n, sequence_length, hidden), so it cannot be calibrated: {_PLAIN}.")
+    raise MamaError(f"a block gets no hidden states (n, sequence_length, hidden) that could be calibrated: {_PLAIN}.")
 
 
 def _same(one, other) -> bool:

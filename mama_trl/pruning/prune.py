@@ -6,12 +6,11 @@ from dataclasses import dataclass, field, replace
 from typing import Iterator, Optional
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from ..calibration.blockwise import blockwise
 from ..calibration.grams import Measured
 from ..calibration.progress import Progress
-from ..calibration.sequences import Sequences, check_sequences, spread_evenly, tokens_in
 from ..calibration.stagewise import stagewise
 from ..config import RECORDED_BUDGETS, PruningOptions, check_choice
 from ..errors import MamaError
@@ -19,6 +18,7 @@ from ..indicators.calibration_gradients import sensitivities
 from ..indicators.combine import Criterion
 from ..indicators.source import ScoreSource, StoredScores
 from ..masks.maskset import MaskSet
+from ..model.sequences import Sequences, check_sequences, spread_evenly, tokens_in
 from ..model.targets import Target, find_targets
 from ..selection.allocation import allocate
 from ..solvers.magnitude import magnitude
@@ -67,6 +67,7 @@ def prune(
     options = PruningOptions(sparsity=sparsity, **options)
     if isinstance(method, str):
         method = METHODS[check_choice(method, tuple(METHODS), "method")]
+    check_sequences(calibration)
     scores = scores if scores is not None else StoredScores()
     if placement is None:
         placement = LocalPlacement(find_targets(model, options.target_modules, options.exclude_modules, experts=True))
@@ -224,13 +225,13 @@ class _Sweep:
         how, all_of_them = "pruned by magnitude without redistribution", len(self.placement.targets)
         if few:
             logger.warning(
-                "%d of %d matrices saw fewer than %d calibration tokens and were %s (%s): more calibration tokens would "
-                "reach them.", len(few), all_of_them, FEWEST_TOKENS, how, _some(few),
+                "%d of %d matrices saw fewer than %d calibration tokens and were %s (%s): more calibration tokens "
+                "would reach them.", len(few), all_of_them, FEWEST_TOKENS, how, _some(few),
             )
         if uncalled:
             logger.warning(
-                "%d of %d matrices are never called as modules, since their weights are used directly, so what they read "
-                "cannot be measured; they were %s (%s).", len(uncalled), all_of_them, how, _some(uncalled),
+                "%d of %d matrices are never called as modules, since their weights are used directly, so what they "
+                "read cannot be measured; they were %s (%s).", len(uncalled), all_of_them, how, _some(uncalled),
             )
 
 

@@ -9,7 +9,6 @@ import torch
 from torch import Tensor, nn
 
 from ..calibration.progress import Progress
-from ..calibration.sequences import Sequences
 from ..config import MamaConfig
 from ..engines import ranks
 from ..engines.shard import Shard, group_of
@@ -19,6 +18,7 @@ from ..indicators.source import TrainingScores
 from ..indicators.trajectory import Trajectory
 from ..masks.bits import pack_bits
 from ..masks.maskset import MaskSet
+from ..model.sequences import Sequences
 from ..model.targets import Target
 from ..selection.allocation import allocate, uniform
 from ..selection.everywhere import global_packed_masks

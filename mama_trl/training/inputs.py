@@ -7,11 +7,11 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from ..calibration.sequences import documents
 from ..engines import ranks
 from ..folders import write_atomically
 from ..masks.files import FOLDER, file_name, files_of
 from ..model.language import context_length, ids_in, path_to, placeholder_ids, token_embedding
+from ..model.sequences import documents
 
 STEM = "inputs"
 _MASK, _POSITIONS, _BOUNDS = "attention_mask", "position_ids", "cu_seq_lens_q"

@@ -6,9 +6,9 @@ the same five methods, given to `MamaCallback(config, regime=...)`: see docs/ext
 
 from typing import Optional
 
-from ..calibration.sequences import Sequences, own_share
 from ..errors import MamaError
 from ..indicators.history import histogram
+from ..model.sequences import Sequences, own_share
 from ..pruning.prune import check_redistribution
 from ..pruning.update import Update, check_moments, update_masks
 from .schedule import Schedule

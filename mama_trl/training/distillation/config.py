@@ -1,7 +1,7 @@
 """Configuration of `MamaDistillationTrainer`."""
 
 from dataclasses import dataclass, field
-from typing import Optional
+from typing import Any, Optional
 
 from trl import SFTConfig
 
@@ -13,9 +13,21 @@ from ...errors import MamaError
 class MamaDistillationConfig(MamaConfig, SFTConfig):
     """`trl.SFTConfig` with the fields of `MamaConfig`; masks are held by default (`mask_schedule="hold"`)."""
 
+    _VALID_DICT_FIELDS = [*SFTConfig._VALID_DICT_FIELDS, "teacher_model_init_kwargs"]
+
     mask_schedule: str = field(default="hold", metadata=MamaConfig.__dataclass_fields__["mask_schedule"].metadata)
     teacher_model_name_or_path: Optional[str] = field(
         default=None, metadata={"help": "Directory or hub id of the dense teacher."}
+    )
+    teacher_model_revision: Optional[str] = field(
+        default=None, metadata={"help": "Revision of the teacher: a branch, a tag or a commit."}
+    )
+    teacher_model_init_kwargs: Optional[dict[str, Any] | str] = field(
+        default=None,
+        metadata={
+            "help": "What the teacher is loaded with, such as '{\"dtype\": \"bfloat16\"}'; default: in the dtype that "
+            "it was saved in."
+        },
     )
     temperature: float = field(
         default=1.0, metadata={"help": "Temperature of both distributions; the loss is scaled by its square."}

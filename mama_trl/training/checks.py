@@ -1,0 +1,59 @@
+"""What is refused as soon as a trainer is made: before any data is prepared or any step is taken."""
+
+import tempfile
+
+from torch import nn
+
+from ..config import MamaConfig
+from ..engines.detect import refuse_quantized, unwrap
+from ..errors import MamaError, first_line
+from ..model.runner import check_walkable
+from ..model.targets import find_targets
+from ..pruning.prune import check_redistribution
+from .persistence import check_limit
+
+
+def check_arguments(arguments: dict) -> None:
+    """Raises `MamaError` for trainer arguments under which masks would mean nothing. Nothing is loaded for it."""
+    if arguments.get("peft_config") is not None:
+        raise MamaError(
+            "`peft_config` is given, and pruning with adapters is not supported yet: train the full weights, or merge "
+            "the adapters first."
+        )
+    if arguments.get("quantization_config") is not None:
+        raise MamaError("`quantization_config` is given, and 8-bit or 4-bit weights cannot be pruned: load in bf16.")
+
+
+def check_trainer(args, model: nn.Module, config: MamaConfig) -> None:
+    """Raises `MamaError` for what a run of this model under these arguments would be refused for anyway."""
+    check_limit(args)
+    refuse_quantized(model)
+    model = unwrap(model)
+    targets = find_targets(model, config.target_modules, config.exclude_modules)
+    if config.sparsity > 0 and config.mask_schedule != "hold":
+        check_redistribution(config, targets)
+        if config.needs_calibration:
+            check_walkable(model)
+    check_saveable(model)
+
+
+def check_saveable(model: nn.Module) -> None:
+    """Raises `MamaError` if the model's generation config is one that `save_pretrained` refuses, which would otherwise
+    come out after training, with the model lost."""
+    config = getattr(model, "generation_config", None)
+    if config is None or not getattr(model, "can_generate", lambda: False)():
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            config.save_pretrained(folder)
+        except ValueError as error:
+            raise MamaError(
+                f"`generation_config` cannot be saved, and the trained model not with it: {_reason(error)} Mend "
+                "generation_config.json or model.generation_config first."
+            ) from None
+
+
+def _reason(error: ValueError) -> str:
+    lines = [line.strip(" -") for line in str(error).splitlines() if line.strip().startswith("-")]
+    text = lines[0] if lines else first_line(error)
+    return text if len(text) <= 140 else f"{text[:137]}..."
