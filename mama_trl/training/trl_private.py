@@ -17,8 +17,8 @@ USED = {"SFTTrainer": (METRICS, TRAIN_TOKENS, TP_SIZE, TAGS, NAME), "GRPOTrainer
 
 def _missing(trainer, name: str, consequence: str) -> MamaError:
     return MamaError(
-        f"TRL {trl.__version__} has no `{name}` in its {type(trainer).__name__} any more, so that {consequence}: use the "
-        "TRL version that mama_trl names."
+        f"TRL {trl.__version__} has no `{name}` in its {type(trainer).__name__} any more, so that {consequence}: use "
+        "the TRL version that mama_trl names."
     )
 
 
