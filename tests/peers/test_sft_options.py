@@ -51,7 +51,6 @@ SLOW = {
     "bf16": ("text", dict(model_init_kwargs={"dtype": "bfloat16"}), dict(by_name=True)),
     "by name": ("text", {}, dict(by_name=True)),
     "compiled": ("text", dict(torch_compile=True, torch_compile_backend="eager"), {}),
-    "offloaded activations": ("text", dict(activation_offloading=True), {}),
     "sgd": ("text", dict(optim="sgd"), {}),
     "clipped": ("text", dict(max_grad_norm=0.01, weight_decay=0.1), {}),
     "no auxiliary loss": ("text", dict(router_aux_loss_coef=0.0), dict(mixture=True)),
