@@ -1,7 +1,6 @@
 """The parser of the commands without training, and its types."""
 
 import argparse
-import difflib
 import math
 
 from ..errors import MamaError
@@ -71,9 +70,3 @@ def share(text: str) -> float:
     if not math.isfinite(value):
         raise argparse.ArgumentTypeError(f"{text!r} is no number; give a share such as 0.8")
     return value
-
-
-def nearest(name: str, known) -> str:
-    """`" Did you mean --x?"`, or nothing."""
-    near = difflib.get_close_matches(name, list(known), n=1)
-    return f" Did you mean {near[0]}?" if near else ""

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from trl import GRPOConfig
 
 from ...config import MamaConfig
+from ..settings import check_settings
 
 
 @dataclass
@@ -26,4 +27,4 @@ class MamaGRPOConfig(MamaConfig, GRPOConfig):
 
     def __post_init__(self):
         MamaConfig.__post_init__(self)
-        GRPOConfig.__post_init__(self)
+        check_settings(self, GRPOConfig)
