@@ -17,7 +17,7 @@ REDISTRIBUTIONS = ("none", "mean", "bias", "least_squares")
 
 def check_sparsity(value: float, field_name: str = "sparsity") -> float:
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0.0 <= value < 1.0:
-        raise MamaError(f"`{field_name}` is {shown(value)}: it is the pruned share and must lie in [0, 1), such as 0.8.")
+        raise MamaError(f"`{field_name}` is {shown(value)}: it is the pruned share and must lie in [0, 1): try 0.8.")
     return float(value)
 
 

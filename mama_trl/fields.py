@@ -81,7 +81,7 @@ def check_value(name: str, value: Any, hint: Any, words: bool = False, where: st
 
 
 def check_fields(instance: Any, cls: type, ranges: Mapping[str, Range] = types.MappingProxyType({})) -> None:
-    """Checks, and sets right, the fields that `cls` declares in a dataclass `instance` of it.
+    """Checks, and sets right, the attributes of `instance` that `cls` declares as fields.
 
     A field that has its default is taken as it is: other people's defaults do not always fit their annotations.
 
@@ -89,8 +89,8 @@ def check_fields(instance: Any, cls: type, ranges: Mapping[str, Range] = types.M
         ranges: further ones by field name, for classes whose annotations have none.
     """
     for declared in fields(cls):
-        value = getattr(instance, declared.name, None)
-        if declared.init and not _is_default(declared, value):
+        value = getattr(instance, declared.name, MISSING)
+        if declared.init and value is not MISSING and not _is_default(declared, value):
             new = check_value(declared.name, value, declared_hint(cls, declared, ranges))
             if new is not value:
                 object.__setattr__(instance, declared.name, new)

@@ -140,7 +140,8 @@ def _checked(parser: TrainingParser, recipe: dict) -> dict:
     checked = {}
     for name, value in recipe.items():
         if name not in known:
-            raise MamaError(f"the config file has {shown(name)}, which {parser.prog} does not know.{nearest(name, known)}")
+            hint = nearest(name, known)
+            raise MamaError(f"the config file has {shown(name)}, which {parser.prog} does not know.{hint}")
         cls = next((cls for cls in parser.dataclass_types if name in cls.__dataclass_fields__), None)
         checked |= check_mapping({name: value}, cls, "the config file", RANGES) if cls else {name: value}
     return checked

@@ -33,7 +33,8 @@ RANGES: Mapping[str, Range] = {
         (
             "learning_rate", "warmup_steps", "weight_decay", "max_grad_norm", "eval_delay", "beta", "epsilon",
             "epsilon_high", "entropy_coef", "dataloader_num_workers", "cross_entropy_weight",
-            "save_total_limit", "num_completions_to_print", "router_aux_loss_coef", "neftune_noise_alpha", "max_tool_calling_iterations",
+            "save_total_limit", "num_completions_to_print", "router_aux_loss_coef", "neftune_noise_alpha",
+            "max_tool_calling_iterations",
         ),
         _NOT_NEGATIVE,
     ),
@@ -61,6 +62,7 @@ _TOLD = (
     "loss_type", "vllm_mode", "importance_sampling_level", "multi_objective_aggregation",
     "vllm_importance_sampling_mode", "scale_rewards",
 )
+_NEED_THE_MODEL = ("galore", "apollo", "lomo", "layerwise")
 _MAPPINGS_IN_FILES = ("deepspeed", "fsdp_config", "accelerator_config")
 
 
@@ -76,7 +78,7 @@ def check_settings(config: Any, trainer_config: type) -> None:
 
 
 def check_values(values: Any, cls: type) -> None:
-    """Checks, and sets right, the attributes of `values` that `cls` declares as fields, before `cls` is made of them."""
+    """Checks, and sets right, attributes that `cls` declares as fields, before `cls` is made of them."""
     if isinstance(getattr(values, "scale_rewards", None), bool):  # TRL's older words for group and none
         values.scale_rewards = "group" if values.scale_rewards else "none"
     check_fields(values, cls, RANGES)
@@ -96,7 +98,7 @@ def refusals_of(name: str) -> Iterator[None]:
         yield
     except MamaError:
         raise
-    except (ValueError, TypeError, AttributeError, KeyError, AssertionError, ImportError) as error:
+    except (ValueError, TypeError, AttributeError, KeyError, AssertionError, ImportError, RuntimeError) as error:
         raise MamaError(f"{name} refuses its settings: {first_line(error)}") from error
 
 
@@ -132,3 +134,25 @@ def check_schedule(config: MamaConfig, steps: Optional[int]) -> None:
                 f"`{name}` is {getattr(config, name):g}, after the run's last step ({steps}), so that its masks would "
                 "never be computed: let the run be longer, or give a fraction such as 0.1."
             )
+
+
+def check_buildable(args: Any) -> None:
+    """Builds what the Trainer will build of its arguments on a single number: optimizer, schedule, loggers.
+
+    Raises:
+        MamaError: a package is missing, or an argument of one of them makes no sense.
+    """
+    import torch
+    from transformers import Trainer, get_scheduler
+    from transformers.integrations import get_reporting_integration_callbacks
+
+    probe = torch.nn.Linear(1, 1)
+    with refusals_of("the trainer"):
+        if not any(kind in str(args.optim) for kind in _NEED_THE_MODEL):
+            optimizer, options = Trainer.get_optimizer_cls_and_kwargs(args, probe)
+            built = optimizer(probe.parameters(), **options)
+            get_scheduler(
+                args.lr_scheduler_type, built, 1, 10_000, scheduler_specific_kwargs=args.lr_scheduler_kwargs or {}
+            )
+        for callback in get_reporting_integration_callbacks(args.report_to):
+            callback()
