@@ -2,7 +2,7 @@
 
     python -m benchmarks.budget_blend --output blend.json [--model DIR ...]
 
-`default_blend` in mama_trl/oneshot/sensitivity.py was chosen by this table. Calibration: 128 blocks of 256 tokens of
+`default_blend` in mama_trl/config.py was chosen by this table. Calibration: 128 blocks of 256 tokens of
 the training text drawn with the seed; measured on 64 blocks of the *end* of the same training text, of which no
 calibration draw takes any, so that no benchmark's evaluation text decides. The summary says, for every level, which
 blend has the least mean excess over the models, and the excess of the default over that.

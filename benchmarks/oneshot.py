@@ -42,10 +42,12 @@ from mama_trl.compare.trial import dense_state, summarise, trial
 from mama_trl.evaluation.loading import load_model, load_tokenizer
 from mama_trl.evaluation.perplexity import perplexity
 from mama_trl.evaluation.text import blocks, read_text
-from mama_trl.indicators.calibration_gradients import sensitivity_budget
+from mama_trl.indicators.calibration_gradients import sensitivities
 from mama_trl.model.blocks import find_blocks
-from mama_trl.pruning.prune import METHODS, prune
-from mama_trl.report.plots import LABELS, METHOD_COLOURS, STYLE, number, plt
+from mama_trl.model.targets import find_targets
+from mama_trl.pruning.prune import prune
+from mama_trl.report.plots import METHOD_COLOURS, STYLE, number, plt
+from mama_trl.solvers.methods import METHODS
 
 DATA = Path(__file__).resolve().parents[1] / ".." / "shared" / "data"
 MODELS = ("stories260K", "babyllama-tok105")
@@ -90,9 +92,9 @@ def peak_bytes(model, dense, rows, method: str) -> int:
     weights = sum(p.numel() * p.element_size() for p in model.parameters())
     with PeakBytes(weights + rows.numel() * rows.element_size()) as meter:
         if method == "budget":
-            sensitivity_budget(model, rows[::4], 0.7, 0.6, batch_size=1)  # 16 blocks, as many as of 128 are read
+            sensitivities(model, rows[::4], find_targets(model), batch_size=1)  # 16 blocks, as many as of 128 are read
         else:
-            prune(model, rows, method, 0.7, batch_size=1, progress=False, budget="uniform")
+            prune(model, rows, method, sparsity=0.7, batch_size=1, progress=False, budget="uniform")
     return meter.peak
 
 
@@ -129,7 +131,7 @@ class Checkpoint:
         trials = self._trials.setdefault(pattern, [])
         rows = self.calibration(seed)
         for level in levels:
-            for method in METHODS if first else METHODS[1:]:
+            for method in METHODS if first else [name for name in METHODS if name != "magnitude"]:
                 found = trial(
                     self._model, self._dense, rows, self._heldout, 8, method=method, sparsity=level, pattern=pattern
                 )
@@ -232,7 +234,7 @@ def show(found: dict) -> None:
             own = [rows[method, level] for level in levels]
             cells = [f"{number(row['perplexity'])} ± {100 * row['deviation']:.1f} %" for row in own]
             mean = sum(row["excess"] for row in own) / len(own)
-            print(f"| {LABELS[method]} | " + " | ".join(cells) + f" | {mean:.3f} |")
+            print(f"| {METHODS[method].label} | " + " | ".join(cells) + f" | {mean:.3f} |")
     marks = {"summary": found["summary"], "summary_2_4": found["summary_2_4"]}
     print("\n```\n" + json.dumps(marks, indent=1) + "\n```")
 
@@ -249,7 +251,7 @@ def plot(found: dict, path: Path) -> None:
                 values = [min(value, 4 * result["vocabulary"]) for _, value in rows]
                 axis.plot(
                     range(len(rows)), values, marker="o", markersize=4, color=METHOD_COLOURS[method],
-                    label=LABELS[method],
+                    label=METHODS[method].label,
                 )
             axis.set_xticks(range(len(rows)), [f"{level:g}" for level, _ in rows])
             axis.axhline(result["dense"], color="black", linestyle="--", linewidth=1, label="dense")

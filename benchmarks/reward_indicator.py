@@ -14,6 +14,8 @@ import json
 import math
 import os
 import tempfile
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from statistics import mean, stdev
 
@@ -24,15 +26,17 @@ from transformers.trainer_utils import set_seed
 
 from benchmarks.common import parser, report
 from mama_trl.compare.trial import dense_state
+from mama_trl.config import default_blend
 from mama_trl.demo import arithmetic
 from mama_trl.demo.recipe import DataConfig, RunConfig
 from mama_trl.demo.run import Run
 from mama_trl.demo.stages import grpo_arguments
 from mama_trl.indicators.combine import weights_and_biases
-from mama_trl.indicators.recorded import indicator_options, recorded
+from mama_trl.indicators.recorded import recorded
+from mama_trl.indicators.source import StoredScores
 from mama_trl.model.targets import find_targets
 from mama_trl.pruning.prune import prune
-from mama_trl.selection.allocation import default_blend, shared_by
+from mama_trl.solvers.methods import METHODS, solve_mama
 from mama_trl.training.grpo.trainer import MamaGRPOTrainer
 
 LEVELS = (0.5, 0.7, 0.8)
@@ -57,18 +61,25 @@ def rewarded(run: Run, folder: str):
     return model, targets, scores
 
 
-def ways(targets, scores: dict, sparsity: float) -> list[tuple[str, str, dict]]:
+def ways(scores: dict, sparsity: float) -> list[tuple[str, str, dict]]:
     """(how, indicator, options of `prune`)."""
     found = []
+    fixed = StoredScores({"reward": scores["weights and biases"]})  # it takes the reward's place, in all else alike
+    without_exchanges = replace(METHODS["mama"], solve=partial(solve_mama, exchanges=False))
     for indicator in INDICATORS:
         options = {
-            **indicator_options(targets, scores, {indicator: 1.0}), "exchanges": False, "budget": "uniform",
+            "indicators": ["reward" if indicator == "weights and biases" else indicator], "budget": "uniform",
+            "scores": fixed if indicator == "weights and biases" else StoredScores(scores),
+            "method": without_exchanges,
         }
         found.append(("dropped", indicator, {**options, "redistribution": "none"}))
         found.append(("redistributed", indicator, options))
-    for name in ("weights and biases", "sensitivity", "reward"):
-        shares = shared_by(scores[name], targets, sparsity, default_blend(sparsity))
-        found.append(("budget", name, {"layer_sparsity": shares}))
+    blend = default_blend("gradients", sparsity)
+    for name, source, budget in (
+        ("weights and biases", fixed, "reward"), ("sensitivity", StoredScores(scores), "sensitivity"),
+        ("reward", StoredScores(scores), "reward"),
+    ):
+        found.append(("budget", name, {"budget": budget, "budget_blend": blend, "scores": source}))
     return [*found, ("budget", "uniform", {"budget": "uniform"})]
 
 
@@ -89,9 +100,9 @@ def main() -> None:
         dense.append(run.evaluate(model))
         for level in levels:
             model.load_state_dict(state)  # indicators are relative to the dense weights
-            for how, indicator, asked in ways(targets, scores, level):
+            for how, indicator, asked in ways(scores, level):
                 model.load_state_dict(state)
-                prune(model, rows, "mama", level, progress=False, **asked)
+                prune(model, rows, sparsity=level, progress=False, **asked)
                 found = run.evaluate(model)
                 measured.setdefault((level, how, indicator), []).append(found)
                 print(folder, level, how, indicator, found, flush=True)

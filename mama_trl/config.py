@@ -1,18 +1,33 @@
-"""`MamaConfig`, the one dataclass a user fills in. Knows nothing of torch."""
+"""`PruningOptions` (what to prune, and how) and `MamaConfig` (when, in a training run): every option is declared here.
+
+Flags of the commands, parameters of `prune`, and recipes derive from these fields. Knows nothing of torch.
+"""
 
 import re
-from dataclasses import dataclass, field
-from typing import Annotated, Optional
+from dataclasses import dataclass, field, fields
+from typing import Annotated, ClassVar, Optional
 
 from .errors import MamaError, shown
-from .fields import Count, Range, Share, check_fields
+from .fields import Count, Range, check_fields
 
 INDICATORS = ("magnitude", "activation", "sensitivity", "movement", "curvature", "reward")
 STATISTICS = ("sensitivity", "movement", "reward")
-BUDGETS = ("uniform", "sensitivity", "curvature", "reward")
+RECORDED_BUDGETS = ("sensitivity", "curvature", "reward")  # what a training run records, or its optimizer keeps
+BUDGETS = ("uniform", "gradients", *RECORDED_BUDGETS)
 SCOPES = ("matrix", "row", "global")
 SCHEDULES = ("oneshot", "cubic", "hold")
 REDISTRIBUTIONS = ("none", "mean", "bias", "least_squares")
+
+
+def default_blend(budget: str, sparsity: float) -> float:
+    """Share of a budget's own allocation, the rest uniform: 0.3 for what training recorded; for `gradients` 0.6 up to
+    sparsity 0.95, from there falling to 0 at 0.99.
+
+    Gradients of the dense model speak for models near it. Chosen by benchmarks/budget_blend.py, which measures on text
+    that no other benchmark uses: on average over three models 0.6 was within 3 % of each one's best share up to 0.95;
+    at 0.99 any share lost on one of them.
+    """
+    return max(0.0, min(0.6, 15.0 * (0.99 - sparsity))) if budget == "gradients" else 0.3
 
 
 def check_sparsity(value: float, field_name: str = "sparsity") -> float:
@@ -60,7 +75,7 @@ def parse_indicators(indicators: list[str]) -> dict[str, float]:
 
 
 def check_position(value: float, field_name: str) -> None:
-    """A place in a run: a fraction below 1, or a whole step."""
+    """Raises `MamaError` if `value` is no place in a run: a fraction below 1, or a whole step."""
     if value >= 1 and value != int(value):
         raise MamaError(f"`{field_name}` is {shown(value)}: use a fraction of the run below 1, or a whole step.")
 
@@ -76,16 +91,19 @@ def check_expression(expression: str, field_name: str) -> None:
 
 
 @dataclass
-class MamaConfig:
-    """What to prune, when, by which indicators, and what to remember.
+class PruningOptions:
+    """What to prune, by which score, and where the pruned values go.
 
-    Shared word for word by `MamaGRPOConfig` and `MamaDistillationConfig`, which inherit these fields.
-    Raises `MamaError` at construction when a value makes no sense.
+    `None` stands for a default that follows from other fields, so that an option that would have no effect can be
+    told from one that was not given: the former is refused.
+
+    Raises:
+        MamaError: a value makes no sense, or two exclude each other.
     """
 
     sparsity: float = field(
         default=0.5,
-        metadata={"help": "Pruned share of the prunable connections, in [0, 1). 0 only records trajectories."},
+        metadata={"help": "Pruned share of the prunable connections, in [0, 1)."},
     )
     pattern: str = field(
         default="unstructured",
@@ -102,44 +120,25 @@ class MamaConfig:
             "movement, curvature, reward; `name=weight` weighs one against the others."
         },
     )
-    budget: str = field(
-        default="sensitivity",
+    budget: Optional[str] = field(
+        default=None,
         metadata={
-            "help": "How the sparsity is shared among matrices: uniform, or by sensitivity, curvature or reward "
-            "where that was recorded."
+            "help": "Allocation, how the sparsity is shared among matrices: uniform; gradients (one pass over "
+            "calibration sequences, one-shot only); sensitivity, curvature or reward, as training recorded them. "
+            "Default: gradients in one-shot pruning by mama, sensitivity in training, reward in GRPO, and uniform "
+            "with N:M and scope global."
         },
     )
-    budget_blend: Share = field(
-        default=0.3,
-        metadata={"help": "Share of the non-uniform budget, blended with uniform; 0 is uniform."},
+    budget_blend: Annotated[Optional[float], Range(0, 1)] = field(
+        default=None,
+        metadata={
+            "help": "Share of the budget's own allocation, the rest uniform. Default: 0.3; for gradients 0.6, falling "
+            "to 0 between sparsity 0.95 and 0.99."
+        },
     )
-    mask_schedule: str = field(
-        default="oneshot",
-        metadata={"help": "`oneshot` (one mask at mask_start), `cubic` ramp, or `hold` (keep the masks there are)."},
-    )
-    mask_start: Annotated[float, Range(0)] = field(
-        default=0.1,
-        metadata={"help": "First mask update: a fraction of all optimizer steps if below 1, else a step."},
-    )
-    mask_end: Annotated[float, Range(0)] = field(
-        default=0.5,
-        metadata={"help": "Last mask update of the cubic ramp: a fraction if below 1, else a step."},
-    )
-    mask_interval: Count = field(default=10, metadata={"help": "Optimizer steps between mask updates of the ramp."})
     redistribution: str = field(
         default="least_squares",
         metadata={"help": "How pruned values move to kept connections: none, mean, bias or least_squares."},
-    )
-    calibration_tokens: Count = field(
-        default=16384,
-        metadata={"help": "Tokens of recent training batches that input norms and grams are taken from."},
-    )
-    statistics: list[str] = field(
-        default_factory=lambda: ["sensitivity"],
-        metadata={
-            "help": "Trajectory statistics kept per parameter, 2 bytes each: sensitivity (mean |w*g|), movement "
-            "(-sum w*g), reward (root mean square of w*g of the GRPO loss)."
-        },
     )
     target_modules: Optional[list[str]] = field(
         default=None,
@@ -148,44 +147,197 @@ class MamaConfig:
     exclude_modules: Optional[list[str]] = field(
         default=None, metadata={"help": "Regular expressions of module names never to prune."}
     )
-    inherit_masks: bool = field(
-        default=True,
-        metadata={"help": "Take up masks and statistics saved beside the model by an earlier stage."},
-    )
+
+    @property
+    def nm(self) -> Optional[tuple[int, int]]:
+        """(N, M) of the pattern; None if it is unstructured."""
+        return parse_pattern(self.pattern)
+
+    @property
+    def weights(self) -> dict[str, float]:
+        """Weight of each indicator."""
+        return parse_indicators(self.indicators)
 
     @property
     def needs_calibration(self) -> bool:
-        """Whether a mask update reads inputs of the layers."""
-        return "activation" in parse_indicators(self.indicators) or self.redistribution != "none"
+        """Whether pruning reads inputs of the layers."""
+        return "activation" in self.weights or self.redistribution != "none"
+
+    @property
+    def blend(self) -> float:
+        """The budget's share in the allocation."""
+        return default_blend(self.budget, self.sparsity) if self.budget_blend is None else self.budget_blend
 
     def __post_init__(self):
-        check_fields(self, MamaConfig)
+        check_fields(self, PruningOptions)
         self.sparsity = check_sparsity(self.sparsity)
-        group = parse_pattern(self.pattern)
-        if group and self.sparsity > 0:
-            self.sparsity = 1.0 - group[0] / group[1]
+        if self.nm and self.sparsity > 0:
+            self.sparsity = 1.0 - self.nm[0] / self.nm[1]
         check_choice(self.scope, SCOPES, "scope")
         parse_indicators(self.indicators)
-        check_choice(self.budget, BUDGETS, "budget")
-        check_choice(self.mask_schedule, SCHEDULES, "mask_schedule")
         check_choice(self.redistribution, REDISTRIBUTIONS, "redistribution")
+        if self.budget is not None:
+            check_choice(self.budget, BUDGETS, "budget")
+        if self.nm and self.scope != "matrix":
+            raise MamaError(
+                f"`scope` is {self.scope!r}, but `pattern` {self.pattern} says already where connections compete "
+                f"(within every {self.nm[1]} inputs): leave `scope` out."
+            )
+        for fixed, name in ((self.nm, f"pattern {self.pattern}"), (self.scope == "global", "scope global")):
+            if fixed and self.budget not in (None, "uniform"):
+                raise MamaError(
+                    f"`budget` is {self.budget!r}, but {name} leaves no sparsity to share among matrices: leave "
+                    "`budget` out."
+                )
+        if self.budget_blend is not None and (self.budget == "uniform" or self.nm or self.scope == "global"):
+            raise MamaError(
+                f"`budget_blend` is {self.budget_blend!r}, but the budget is uniform, so nothing is blended: leave it "
+                "out, or name a `budget`."
+            )
         if self.scope == "global" and self.sparsity > 0 and self.needs_calibration:
             raise MamaError(
                 "`scope` is 'global', which needs all scores at once: set `redistribution` to none and leave activation"
                 " out of `indicators`, or use scope matrix with budget sensitivity, which shares the sparsity among the"
                 " matrices too."
             )
-        for name in self.statistics:
-            check_choice(name, STATISTICS, "statistics")
-        for name in ("mask_start", "mask_end"):
-            check_position(getattr(self, name), name)
-        # A fraction and a step cannot be compared before the run's length is known.
-        if (self.mask_start < 1) == (self.mask_end < 1) and self.mask_end < self.mask_start:
-            if self.mask_schedule == "cubic":
-                raise MamaError(
-                    f"`mask_end` is {self.mask_end!r}, before `mask_start` ({self.mask_start!r}): let the ramp end "
-                    "later."
-                )
         for name in ("target_modules", "exclude_modules"):
             for expression in getattr(self, name) or []:
                 check_expression(expression, name)
+
+
+@dataclass
+class MamaConfig(PruningOptions):
+    """`PruningOptions`, when to prune in a training run, and what to remember of it.
+
+    Inherited by `MamaGRPOConfig` and `MamaDistillationConfig`.
+
+    Raises:
+        MamaError: a value makes no sense, or would have no effect.
+    """
+
+    default_budget: ClassVar[str] = "sensitivity"
+    default_statistics: ClassVar[tuple[str, ...]] = ("sensitivity",)
+
+    sparsity: float = field(
+        default=0.5,
+        metadata={"help": "Pruned share of the prunable connections, in [0, 1). 0 only records trajectories."},
+    )
+    mask_schedule: str = field(
+        default="oneshot",
+        metadata={"help": "`oneshot` (one mask at mask_start), `cubic` ramp, or `hold` (keep the masks there are)."},
+    )
+    mask_start: Annotated[Optional[float], Range(0)] = field(
+        default=None,
+        metadata={
+            "help": "First mask update: a fraction of all optimizer steps if below 1, else a step. Default 0.1; not "
+            "for `hold`."
+        },
+    )
+    mask_end: Annotated[Optional[float], Range(0)] = field(
+        default=None,
+        metadata={
+            "help": "Last mask update of the cubic ramp: a fraction if below 1, else a step. Default 0.5; only for "
+            "`cubic`."
+        },
+    )
+    mask_interval: Optional[Count] = field(
+        default=None,
+        metadata={"help": "Optimizer steps between mask updates of the ramp. Default 10; only for `cubic`."},
+    )
+    calibration_tokens: Optional[Count] = field(
+        default=None,
+        metadata={
+            "help": "Tokens of recent training batches that input norms and grams are taken from. Default 16384; only "
+            "where activations or redistribution read inputs."
+        },
+    )
+    statistics: Optional[list[str]] = field(
+        default=None,
+        metadata={
+            "help": "Trajectory statistics kept per parameter, 2 bytes each: sensitivity (mean |w*g|), movement "
+            "(-sum w*g), reward (root mean square of w*g of the GRPO loss). What `indicators` and `budget` ask for is "
+            "always kept. Default: sensitivity; in GRPO reward too."
+        },
+    )
+    inherit_masks: bool = field(
+        default=True,
+        metadata={"help": "Take up masks and statistics saved beside the model by an earlier stage."},
+    )
+
+    def __post_init__(self):
+        check_fields(self, MamaConfig)
+        super().__post_init__()
+        check_choice(self.mask_schedule, SCHEDULES, "mask_schedule")
+        if self.budget == "gradients":
+            raise MamaError(
+                "`budget` is 'gradients', a pass over the dense model for one-shot pruning: in training use "
+                "sensitivity, which is recorded anyway."
+            )
+        for name in self.statistics or []:
+            check_choice(name, STATISTICS, "statistics")
+        self._check_schedule()
+        if self.calibration_tokens is not None and not self.needs_calibration:
+            raise MamaError(
+                f"`calibration_tokens` is {self.calibration_tokens!r}, but nothing reads inputs with these "
+                "`indicators` and redistribution none: leave it out."
+            )
+
+    def _check_schedule(self) -> None:
+        takes = {"mask_start": ("oneshot", "cubic"), "mask_end": ("cubic",), "mask_interval": ("cubic",)}
+        for name, kinds in takes.items():
+            value = getattr(self, name)
+            if value is not None and self.mask_schedule not in kinds:
+                raise MamaError(
+                    f"`{name}` is {value!r}, but `mask_schedule` is {self.mask_schedule!r}, which has none: leave it "
+                    f"out, or use mask_schedule {' or '.join(kinds)}."
+                )
+        for name in ("mask_start", "mask_end"):
+            if getattr(self, name) is not None:
+                check_position(getattr(self, name), name)
+        # A fraction and a step cannot be compared before the run's length is known.
+        start, end = self.start, self.end
+        if self.mask_schedule == "cubic" and (start < 1) == (end < 1) and end < start:
+            raise MamaError(f"`mask_end` is {end!r}, before `mask_start` ({start!r}): let the ramp end later.")
+
+    # ------------------------------------------------------------------ what follows from the fields
+
+    @property
+    def start(self) -> float:
+        """First mask update, a fraction or a step."""
+        return 0.1 if self.mask_start is None else self.mask_start
+
+    @property
+    def end(self) -> float:
+        """Last mask update of a ramp, a fraction or a step."""
+        return 0.5 if self.mask_end is None else self.mask_end
+
+    @property
+    def interval(self) -> int:
+        """Steps between two mask updates of a ramp."""
+        return 10 if self.mask_interval is None else self.mask_interval
+
+    @property
+    def tokens(self) -> int:
+        """How many tokens of recent batches are kept for calibration."""
+        return 16384 if self.calibration_tokens is None else self.calibration_tokens
+
+    @property
+    def allocation(self) -> str:
+        """The budget that applies."""
+        return self.budget or ("uniform" if self.nm or self.scope == "global" else self.default_budget)
+
+    @property
+    def blend(self) -> float:
+        return default_blend(self.allocation, self.sparsity) if self.budget_blend is None else self.budget_blend
+
+    def pruning(self, sparsity: float) -> PruningOptions:
+        """The options of one mask update at `sparsity`."""
+        values = {f.name: getattr(self, f.name) for f in fields(PruningOptions)}
+        return PruningOptions(**{**values, "sparsity": sparsity, "budget": None, "budget_blend": None})
+
+    @property
+    def recorded(self) -> list[str]:
+        """The statistics to keep: those asked for, and those that indicators and the budget read."""
+        asked = self.default_statistics if self.statistics is None else self.statistics
+        needed = [*self.weights, self.allocation] if self.sparsity > 0 else []
+        return list(dict.fromkeys([*asked, *(name for name in needed if name in STATISTICS)]))

@@ -9,6 +9,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from mama_trl.calibration.blockwise import blockwise
 from mama_trl.calibration.grams import collect
+from mama_trl.calibration.progress import Progress
 from mama_trl.errors import MamaError, warn_once
 from mama_trl.evaluation.perplexity import perplexity
 from mama_trl.masks.maskset import MaskSet
@@ -62,7 +63,8 @@ def test_blockwise_calibration_is_the_models_own_forward_pass(make_model, rows, 
     model = make_model(architecture).eval()
     targets = find_targets(model, experts=True)
     seen = {}
-    blockwise(model, rows[:6], targets, lambda own, grams: seen.update(grams), batch_size=4)
+    for measured in blockwise(model, rows[:6], targets, Progress("test", shown=False), batch_size=4):
+        seen.update(measured.grams)
     model.config._experts_implementation = "eager"
     with torch.no_grad():
         plain = collect(model, targets, lambda: model(input_ids=rows[:6], use_cache=False))
@@ -98,7 +100,8 @@ def test_grams_of_fused_experts_are_over_the_tokens_routed_to_them(make_model, r
     handle = module.register_forward_pre_hook(
         lambda _, args, kwargs: routed.append([*args, *kwargs.values()]), with_kwargs=True
     )
-    blockwise(model, rows[:4], targets, lambda own, grams: stored.update(grams), batch_size=4)
+    for measured in blockwise(model, rows[:4], targets, Progress("test", shown=False), batch_size=4):
+        stored.update(measured.grams)
     handle.remove()
     states, index, _ = routed[0]
     states, index = states.reshape(-1, states.shape[-1]).float(), index.reshape(-1, index.shape[-1])
@@ -184,7 +187,8 @@ def test_a_batched_product_gives_each_expert_the_rows_that_are_not_zero(rows):
     targets = [t for t in find_targets(model, experts=True) if t.expert is not None]
     module, inputs, grams = targets[0].module, [], {}
     handle = module.register_forward_pre_hook(lambda _, args: inputs.append(args[0]))
-    blockwise(model, rows[:4], targets, lambda own, found: grams.update(found), batch_size=4)
+    for measured in blockwise(model, rows[:4], targets, Progress("test", shown=False), batch_size=4):
+        grams.update(measured.grams)
     handle.remove()
     each = inputs[0].view(4, -1, 32).float()
     first = [t for t in targets if t.attribute == targets[0].attribute]
@@ -197,7 +201,8 @@ def test_a_batched_product_gives_each_expert_the_rows_that_are_not_zero(rows):
 def test_layers_that_read_one_tensor_share_one_gram(make_model, rows):
     model = make_model("llama").eval()
     shared = {}
-    blockwise(model, rows[:4], find_targets(model), lambda own, grams: shared.update(grams))
+    for measured in blockwise(model, rows[:4], find_targets(model), Progress("test", shown=False)):
+        shared.update(measured.grams)
     by_kind = {name.split(".")[-2]: gram for name, gram in shared.items() if ".0." in name}
     assert by_kind["q_proj"] is by_kind["k_proj"] is by_kind["v_proj"]
     assert by_kind["gate_proj"] is by_kind["up_proj"]

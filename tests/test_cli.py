@@ -128,7 +128,7 @@ def test_missing_arguments_are_one_sentence(folder, capsys):
     (["--sparsity", "0.9", "--method", "sparsegpt"], 0.9),
     (["--sparsity", "0.9", "--method", "mama"], 0.9),
     (["--sparsity", "0.9", "--method", "alps"], 0.9),
-    (["--sparsity", "0.8", "--budget", "sensitivity"], 0.8),
+    (["--sparsity", "0.8", "--budget", "gradients"], 0.8),
     (["--pattern", "2:4"], 0.5),
 ])
 def test_prune_then_evaluate(folder, tmp_path, capsys, options, sparsity):
@@ -211,8 +211,8 @@ def test_ablation_changes_one_part_at_a_time(folder, tmp_path, capsys):
     assert parts["one of all taken away"] == {"all", *(f"without {name}" for name in indicators)}
     assert parts["redistribution"] == {"none", "mean", "least_squares"}  # this Llama has no biases
     assert parts["fixed against reward"] == {"weights and biases", "reward"}
-    assert parts["budget"] == {"sensitivity", "uniform", "reward", "weights and biases"}
-    assert found["steps", "mama"] == found["redistribution", "least_squares"] == found["budget", "sensitivity"]
+    assert parts["budget"] == {"gradients", "uniform", "reward", "weights and biases"}
+    assert found["steps", "mama"] == found["redistribution", "least_squares"] == found["budget", "gradients"]
     assert len(set(found.values())) > 10
     assert max(map(len, capsys.readouterr().out.splitlines())) <= 100 + len(str(tmp_path))
     leave_statistics(slice(1))
@@ -266,7 +266,7 @@ def test_flags_override_the_config(tmp_path):
     from mama_trl.scripts import sft
 
     recipe = tmp_path / "recipe.yaml"
-    recipe.write_text("sparsity: 0.25\nlearning_rate: 3e-5\nmask_interval: 7\nuse_cpu: true\n")
+    recipe.write_text("sparsity: 0.25\nlearning_rate: 3e-5\nmask_schedule: cubic\nmask_interval: 7\nuse_cpu: true\n")
     config, _, args, *_ = training_parser.parse(sft.make_parser(), ["--config", str(recipe), "--sparsity", "0.75"])
     assert (config.sparsity, config.mask_interval, args.learning_rate) == (0.75, 7, 3e-5)
 

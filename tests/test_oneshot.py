@@ -3,22 +3,24 @@ import sys
 import pytest
 import torch
 
-from mama_trl.calibration import plan, stages
+from mama_trl.calibration import plan, stagewise
 from mama_trl.calibration.plan import OUTPUT
-from mama_trl.calibration.stages import staged
+from mama_trl.calibration.progress import Progress
+from mama_trl.config import default_blend
 from mama_trl.errors import MamaError
 from mama_trl.evaluation.perplexity import perplexity
-from mama_trl.indicators.calibration_gradients import sensitivities, sensitivity_budget
-from mama_trl.indicators.combine import factors, weights_and_biases
+from mama_trl.indicators.calibration_gradients import sensitivities
+from mama_trl.indicators.combine import Criterion, weights_and_biases
 from mama_trl.model.targets import find_targets
-from mama_trl.pruning.prune import METHODS, prune
-from mama_trl.selection.allocation import default_blend
+from mama_trl.pruning.prune import prune
+from mama_trl.selection.allocation import allocate
 from mama_trl.selection.patterns import row_mask
 from mama_trl.selection.threshold import kept_count
 from mama_trl.solvers.alps import alps, next_penalty
 from mama_trl.solvers.exchange import exchange, objective
 from mama_trl.solvers.magnitude import magnitude
 from mama_trl.solvers.mama import mama
+from mama_trl.solvers.methods import METHODS
 from mama_trl.solvers.problem import Goal, Gram
 from mama_trl.solvers.redistribution import bias_shift, layer_error, least_squares, mean, unit_diagonal
 from mama_trl.solvers.sparsegpt import BLOCK, sparsegpt
@@ -233,9 +235,9 @@ def test_the_pass_of_gradients_leaves_gradients_alone(make_model, rows):
 def test_mama_reads_calibration_of_every_kind(make_model, rows, monkeypatch):
     """It reads half of the blocks: where the first are text and the last a task, some of both."""
     seen = []
-    original = stages.staged
+    original = stagewise.stagewise
     monkeypatch.setattr(
-        sys.modules[prune.__module__], "staged",
+        sys.modules[prune.__module__], "stagewise",
         lambda model, rows, *rest: seen.append(rows) or original(model, rows, *rest),
     )
     kinds = torch.cat([rows[:32], rows[:32] * 0 + 7])
@@ -276,19 +278,17 @@ def test_writers_to_the_residual_stream_are_found(make_model, rows, architecture
     model = make_model(architecture).to(dtype).eval()
     found, seen = {}, []
 
-    def visit(own, grams, goals):
-        seen.extend(own)
-        for target in own:
-            if target.name in goals:
-                goal, gram = goals[target.name], grams[target.name]
+    targets = find_targets(model)
+    for measured in stagewise.stagewise(model, rows[:6], targets, Progress("test", shown=False), batch_size=4):
+        seen.extend(measured.targets)
+        for target in measured.targets:
+            if target.name in measured.goals:
+                goal, gram = measured.goals[target.name], measured.grams[target.name]
                 bias = 0.0 if target.bias is None else target.bias.float().outer(gram.total)
                 expected = target.matrix.float() @ gram.gram + bias
                 limit = 1e-3 if dtype == torch.float32 else 0.2
                 assert (goal.cross - expected).norm() <= limit * expected.norm(), target.name
                 found[target.module_name] = goal
-
-    targets = find_targets(model)
-    staged(model, rows[:6], targets, visit, batch_size=4)
     assert {t.name for t in seen} == {t.name for t in targets} and len(seen) == len(targets)
     for name in writers:
         assert sum(module.endswith(name) for module in found) == 2, name
@@ -304,8 +304,10 @@ def test_starting_a_block_behind_its_attention_changes_nothing(
     """The streams move through a block in two halves where they can; in one piece the result is the same."""
     halves, piece = make_model(architecture).eval(), make_model(architecture).eval()
     cut = []
-    original = stages.segments
-    monkeypatch.setattr(stages, "segments", lambda found: cut.append(len(original(found))) or original(found))
+    original = stagewise.startable_segments
+    monkeypatch.setattr(
+        stagewise, "startable_segments", lambda found: cut.append(len(original(found))) or original(found)
+    )
     ours = prune(halves, rows[:8], sparsity=0.6, batch_size=3, progress=False)
     assert set(cut) == {2 if startable else 1}
     monkeypatch.setattr(plan, "_startable", lambda *_: None)
@@ -343,13 +345,16 @@ def test_sensitivities_are_the_mean_of_w_times_g(make_model, rows):
 def test_sensitivity_budget_keeps_the_total_and_differs(make_model, rows):
     model = make_model("llama")
     targets = find_targets(model)
-    shares = sensitivity_budget(model, rows[:8], 0.6, 0.5)
+    sizes = [t.shape[0] * t.shape[1] for t in targets]
+    found = sensitivities(model, rows[:8], targets)
+    shares = dict(zip([t.name for t in targets], allocate([found[t.name] for t in targets], sizes, 0.6, 0.5)))
     kept = sum(kept_count(t.shape[0] * t.shape[1], shares[t.name]) for t in targets)
     assert kept == kept_count(sum(t.shape[0] * t.shape[1] for t in targets), 0.6)
     assert len({round(value, 3) for value in shares.values()}) > 2
     masks = prune(model, rows[:8], sparsity=0.6, progress=False)
     assert masks.sparsity() == pytest.approx(0.6, abs=1e-4)
-    assert [default_blend(s) for s in (0.5, 0.95, 0.97, 0.99, 0.995)] == pytest.approx([0.6, 0.6, 0.3, 0.0, 0.0])
+    blends = [default_blend("gradients", level) for level in (0.5, 0.95, 0.97, 0.99, 0.995)]
+    assert blends == pytest.approx([0.6, 0.6, 0.3, 0.0, 0.0])
 
 
 @pytest.mark.parametrize("architecture", ["mixtral", "gpt_oss", "gemma2", "gpt_neox"])
@@ -360,16 +365,25 @@ def test_sensitivity_budget_on_other_architectures(make_model, rows, architectur
     assert all(torch.isfinite(p).all() for p in model.parameters())
 
 
-def test_factors_make_a_geometric_mean():
-    weight = torch.tensor([[1.0, -4.0], [2.0, 1.0]])
+def test_a_criterion_is_a_geometric_mean():
+    """As a score, and as what multiplies |w| ‖x‖ in a solver, with the exponent of ‖x‖ that the shares give it."""
+    weight, norm = torch.tensor([[1.0, -4.0], [2.0, 1.0]]), torch.tensor([9.0, 4.0])
     score = torch.tensor([[1.0, 2.0], [3.0, 2.0]])
-    importance, power = factors(weight, {"sensitivity": score}, {"activation": 1.0, "sensitivity": 1.0})
-    assert power == 0.5
-    combined = weight.abs() * importance
-    assert torch.allclose(combined / combined[0, 0], (weight.abs() * score).sqrt())
-    assert factors(weight, {}, {"magnitude": 1.0, "activation": 1.0}) == (None, 0.5)
-    alone, power = factors(weight, {"reward": score}, {"reward": 1.0})
-    assert power == 0.0 and torch.allclose(weight.abs() * alone / 2, score / 2, atol=1e-6)
+    activation = weight.abs() * norm
+    for weights, exponent, expected in (
+        ({"activation": 1.0, "sensitivity": 1.0}, 0.5, (activation * score).sqrt()),
+        ({"activation": 1.0, "magnitude": 3.0}, 0.25, weight.abs() * norm**0.25),
+        ({"magnitude": 1.0}, 0.0, weight.abs()),
+        ({"sensitivity": 2.0}, 0.0, score),
+    ):
+        criterion = Criterion(weights)
+        found = {"sensitivity": score} if "sensitivity" in weights else {}
+        assert criterion.input_exponent == exponent
+        direct = criterion.score(weight, norm, found)
+        in_solver = activation * criterion.multiplier(weight, norm, found)
+        assert torch.allclose(direct / direct[0, 0], expected / expected[0, 0], rtol=1e-5)
+        assert torch.allclose(in_solver / in_solver[0, 0], expected / expected[0, 0], rtol=1e-5)
+    assert Criterion({"activation": 2.0}).multiplier(weight, norm, {}) is None
 
 
 def test_weights_and_biases_by_hand():
@@ -459,7 +473,8 @@ def test_blockwise_forward_is_the_models_own(make_model, rows):
         model = make_model(architecture).eval()
         targets = find_targets(model)
         seen = {}
-        blockwise(model, rows[:6], targets, lambda own, grams: seen.update(grams), batch_size=4)
+        for measured in blockwise(model, rows[:6], targets, Progress("test", shown=False), batch_size=4):
+            seen.update(measured.grams)
         with torch.no_grad():
             plain = collect(model, targets, lambda: model(input_ids=rows[:6]))
         for name, gram in plain.items():
@@ -477,7 +492,7 @@ def test_two_of_four(make_model, rows, method):
 
 @pytest.mark.parametrize("redistribution", ["none", "mean", "bias", "least_squares"])
 def test_redistribution_modes(make_model, rows, redistribution):
-    model = make_model("llama")
+    model = make_model("opt" if redistribution == "bias" else "llama")
     dense = {t.name: t.matrix.clone() for t in find_targets(model)}
     masks = prune(model, rows[:16], "mama", 0.5, redistribution=redistribution, progress=False)
     changed = any(
@@ -499,8 +514,13 @@ def test_bad_input_is_said(make_model, rows):
         ({"sparsity": 1.2}, "sparsity"),
         ({"pattern": "4:2"}, "pattern"),
         ({"redistribution": "sum"}, "redistribution"),
+        ({"redistribution": "bias"}, "no layer to prune has one"),
+        ({"scope": "global"}, "scope"),
+        ({"scope": "row", "method": "wanda"}, "`scope` is 'row', which method Wanda does not take"),
+        ({"indicators": ["reward"]}, "which no training run left"),
+        ({"budget": "reward"}, "which no training run left"),
     ]:
         with pytest.raises(MamaError, match=word):
-            prune(make_model("llama"), rows, **arguments)
+            prune(make_model("qwen3"), rows, **arguments)
     with pytest.raises(MamaError, match="calibration"):
         prune(make_model("llama"), None, "wanda")

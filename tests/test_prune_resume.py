@@ -16,7 +16,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralFo
 from mama_trl.cli import main
 from mama_trl.errors import MamaError
 from mama_trl.pruning.prune import prune
-from mama_trl.pruning.resume import FOLDER, Unfinished
+from mama_trl.pruning.resume import FOLDER, KeptProgress, Unfinished
 
 from .tiny_tokenizer import tiny_tokenizer
 
@@ -154,12 +154,12 @@ def test_library_call_goes_on_too(make_model, rows, tmp_path):
     state = Dying(tmp_path, {"sparsity": 0.6})
     state.begin(again, rows[:16])
     with pytest.raises(Killed):
-        prune(again, rows[:16], "mama", 0.6, progress=False, unfinished=state)
+        prune(again, rows[:16], "mama", 0.6, progress=KeptProgress("test", state, shown=False))
     again = make_model("gpt2")
     state = Unfinished(tmp_path, {"sparsity": 0.6})
     state.begin(again, rows[:16])
     assert state.blocks == 1
-    prune(again, rows[:16], "mama", 0.6, progress=False, unfinished=state)
+    prune(again, rows[:16], "mama", 0.6, progress=KeptProgress("test", state, shown=False))
     assert all(torch.equal(one, other) for one, other in zip(whole.parameters(), again.parameters()))
     with pytest.raises(MamaError, match="another command"):
         Unfinished(tmp_path, {"sparsity": 0.5})

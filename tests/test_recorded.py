@@ -7,11 +7,12 @@ from transformers import AutoModelForCausalLM, LlamaForCausalLM
 from mama_trl import MamaConfig, MamaError
 from mama_trl.cli import main
 from mama_trl.indicators.formulas import curvature
-from mama_trl.indicators.recorded import indicator_options, recorded
+from mama_trl.indicators.recorded import recorded
+from mama_trl.indicators.source import StoredScores
 from mama_trl.masks.maskset import MaskSet
 from mama_trl.model.targets import find_targets
 from mama_trl.pruning.prune import prune
-from mama_trl.selection.allocation import shared_by
+from mama_trl.selection.allocation import allocate
 from mama_trl.selection.threshold import kept_count
 
 from .test_callback import train
@@ -51,9 +52,8 @@ def test_each_indicator_can_be_switched_on(trained, rows):
         model = AutoModelForCausalLM.from_pretrained(folder)
         targets = find_targets(model)
         scores = recorded(str(folder), model, targets)
-        options = indicator_options(targets, scores, {name: 1.0})
         masks[name] = prune(model, rows[:8], sparsity=0.5, budget="uniform", redistribution="none", progress=False,
-                            **options)
+                            scores=StoredScores(scores), indicators=[name])
         if name == "curvature":
             for target in targets:  # by the score alone: exactly its largest
                 kept = masks[name].mask(target.name)
@@ -67,8 +67,8 @@ def test_a_budget_from_scores_keeps_the_total(trained):
     folder, _, _ = trained
     model = AutoModelForCausalLM.from_pretrained(folder)
     targets = find_targets(model)
-    shares = shared_by(recorded(str(folder), model, targets)["curvature"], targets, 0.7, 0.6)
-    sizes = {t.name: t.shape[0] * t.shape[1] for t in targets}
+    scores, sizes = recorded(str(folder), model, targets), {t.name: t.shape[0] * t.shape[1] for t in targets}
+    shares = dict(zip(sizes, allocate([scores["curvature"][name] for name in sizes], list(sizes.values()), 0.7, 0.6)))
     assert len(set(shares.values())) > 1
     kept = sum(kept_count(sizes[name], share) for name, share in shares.items())
     assert kept == kept_count(sum(sizes.values()), 0.7)
@@ -114,9 +114,9 @@ def test_mama_prune_reads_them(tmp_path, capsys, rows):
     assert len(digests) == 6
     for options, sentence in (
         (["--indicators", "reward"], "`indicators` has 'reward', which no training run left"),
-        (["--budget", "reward"], "`budget` is 'reward', which no training run left"),
-        (["--scope", "row", "--method", "wanda"], "`scope` is 'row', which only method mama takes"),
-        (["--indicators", "magnitude", "--method", "wanda"], "are for method mama"),
+        (["--budget", "reward"], "`budget` has 'reward', which no training run left"),
+        (["--scope", "row", "--method", "wanda"], "`scope` is 'row', which method Wanda does not take"),
+        (["--indicators", "magnitude", "--method", "wanda"], "`indicators` is ['magnitude'], which method Wanda does"),
     ):
         capsys.readouterr()
         assert main([*start, *options, "--output", str(tmp_path / "no")]) == 2

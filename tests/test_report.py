@@ -27,6 +27,7 @@ def report():
     band = {f"{k}{suffix}": curve for k in ("kept", "pruned") for suffix in ("", "_p10", "_p90")}
     return {
         "title": "A run <script>alert(1)</script>",
+        "labels": {"wanda": "Wanda", "sparsegpt": "SparseGPT", "mama": "MAMA"},
         "versions": {"python": "3.11"},
         "seed": 3,
         "corpus": {"source": "stdlib", "sha256": "abc123", "files_train": 9, "files_heldout": 1},

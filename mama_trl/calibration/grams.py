@@ -1,6 +1,7 @@
 """Grams of layers' inputs, by hooks while a module runs."""
 
 from contextlib import nullcontext
+from dataclasses import dataclass, field
 from typing import Callable
 
 import torch
@@ -10,7 +11,17 @@ from torch.overrides import TorchFunctionMode
 
 from ..errors import MamaError
 from ..model.targets import Target
-from ..solvers.problem import Gram
+from ..solvers.problem import Goal, Gram
+
+
+@dataclass
+class Measured:
+    """Layers that were measured together, and what was measured: by target name their `grams`, and `goals` for those
+    that have one. Whoever takes it may empty both, so that no gram is held longer than needed."""
+
+    targets: list[Target]
+    grams: dict[str, Gram]
+    goals: dict[str, Goal] = field(default_factory=dict)
 
 
 class _ExpertInputs(TorchFunctionMode):

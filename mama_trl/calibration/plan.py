@@ -1,4 +1,4 @@
-"""Which layer of a block reads and writes what: its stages, found by running it on a short probe.
+"""Which layer of a block reads and writes what: its layer groups, found by running it on a short probe.
 
 Nothing is assumed about names. Which layer writes to the residual stream, and where that is seen, is found by
 silencing each layer once and looking at what changes; which norm feeds a layer, by the identity of tensors.
@@ -17,13 +17,13 @@ INPUT, OUTPUT = "(input)", "(output)"
 
 
 @dataclass(eq=False)
-class Stage:
+class LayerGroup:
     """Targets that are measured together.
 
     `writer` adds its output to the residual stream, which is then seen at `place`. `norm` is the submodule that makes
-    the stage's inputs from the residual stream at `source`. Places are names of submodules, meaning their inputs, or
+    the group's inputs from the residual stream at `source`. Places are names of submodules, meaning their inputs, or
     INPUT and OUTPUT of the block. `last` is the module whose inputs end the measuring pass. `whole` is set where a
-    block can be started behind this stage: the submodule (the attention) that all of the block up to `place` runs
+    block can be started behind this group: the submodule (the attention) that all of the block up to `place` runs
     through, beside the residual stream itself; see `silenced`.
     """
 
@@ -36,12 +36,12 @@ class Stage:
     whole: Optional[nn.Module] = None
 
 
-def segments(stages: list[Stage]) -> list[list[Stage]]:
-    """The stages cut behind each one that the block can be started behind; one empty list if there are none."""
-    result: list[list[Stage]] = [[]]
-    for stage in stages:
-        result[-1].append(stage)
-        if stage.whole is not None:
+def startable_segments(groups: list[LayerGroup]) -> list[list[LayerGroup]]:
+    """The groups cut behind each one that the block can be started behind; one empty list if there are none."""
+    result: list[list[LayerGroup]] = [[]]
+    for group in groups:
+        result[-1].append(group)
+        if group.whole is not None:
             result.append([])
     return result
 
@@ -63,48 +63,48 @@ def silenced(whole: nn.Module) -> Iterator[None]:
         whole.__dict__.update(own)
 
 
-def plan_stages(
+def plan_groups(
     block: nn.Module, own: list[Target], run: Callable[[Tensor], Tensor], probe: Tensor
-) -> list[Stage]:
-    """The stages of a block's targets `own` in the order of computation.
+) -> list[LayerGroup]:
+    """The groups of a block's targets `own` in the order of computation.
 
     Args:
         run: the block on hidden states (n, sequence_length, hidden).
         probe: a few hidden states before the block.
     """
     order, inputs = _order(own, lambda: run(probe))
-    stages: list[Stage] = []
+    groups: list[LayerGroup] = []
     shared: Optional[Tensor] = None
     for target in order:
         fused = target.expert is not None
-        same_experts = fused and stages and stages[-1].targets[-1].parameter_name == target.parameter_name
-        same_input = not fused and stages and inputs[target.name] is shared
+        same_experts = fused and groups and groups[-1].targets[-1].parameter_name == target.parameter_name
+        same_input = not fused and groups and inputs[target.name] is shared
         if not (same_experts or same_input):
-            stages.append(Stage())
+            groups.append(LayerGroup())
         shared = None if fused else inputs[target.name]
-        stages[-1].targets.append(target)
-        stages[-1].last = None if fused else target.module
+        groups[-1].targets.append(target)
+        groups[-1].last = None if fused else target.module
     plain = _observe(block, lambda: run(probe))
     places = _places(block, [t for t in order if t.expert is None], plain, lambda: run(probe))
-    for stage in stages:
-        writers = [t for t in stage.targets if t.name in places]
-        if len(writers) == 1 and len(stage.targets) == 1:
-            stage.writer, stage.place = writers[0], places[writers[0].name]
-            stage.whole = _startable(stage, plain, run)
-    for stage in stages:
-        if stage.writer is None and stage.last is not None:
-            stage.norm, stage.source = _source(block, stage, plain, set(places.values()) - {OUTPUT} | {INPUT})
+    for group in groups:
+        writers = [t for t in group.targets if t.name in places]
+        if len(writers) == 1 and len(group.targets) == 1:
+            group.writer, group.place = writers[0], places[writers[0].name]
+            group.whole = _startable(group, plain, run)
+    for group in groups:
+        if group.writer is None and group.last is not None:
+            group.norm, group.source = _source(block, group, plain, set(places.values()) - {OUTPUT} | {INPUT})
     uncalled = [t for t in own if t not in order]
     if uncalled:  # experts in a list to which no token of the probe came: measured over a whole pass, at the end
-        stages.append(Stage(uncalled))
-    return stages
+        groups.append(LayerGroup(uncalled))
+    return groups
 
 
-def _startable(stage: Stage, plain: "_Seen", run: Callable[[Tensor], Tensor]) -> Optional[nn.Module]:
-    """The stage's `whole` if the block, started behind it, puts out the very same; None if there is no such thing."""
-    whole = plain.wholes.get(stage.writer.module)
-    states = plain.inputs.get(stage.place)
-    if whole is None or stage.place == OUTPUT or states.shape != plain.inputs[INPUT].shape:
+def _startable(group: LayerGroup, plain: "_Seen", run: Callable[[Tensor], Tensor]) -> Optional[nn.Module]:
+    """The group's `whole` if the block, started behind it, puts out the very same; None if there is no such thing."""
+    whole = plain.wholes.get(group.writer.module)
+    states = plain.inputs.get(group.place)
+    if whole is None or group.place == OUTPUT or states.shape != plain.inputs[INPUT].shape:
         return None
     with silenced(whole):
         return whole if torch.equal(run(states), plain.inputs[OUTPUT]) else None
@@ -210,10 +210,10 @@ def tokens_of(states: Tensor) -> Tensor:
     return states.reshape(-1, states.shape[-1]).float()
 
 
-def _source(block: nn.Module, stage: Stage, plain: _Seen, places: set[str]) -> tuple[Optional[nn.Module], str]:
-    """The submodule that turns the residual stream at one of `places` into the stage's inputs, and that place."""
+def _source(block: nn.Module, group: LayerGroup, plain: _Seen, places: set[str]) -> tuple[Optional[nn.Module], str]:
+    """The submodule that turns the residual stream at one of `places` into the group's inputs, and that place."""
     names = {module: name for name, module in block.named_modules()}
-    wanted = plain.inputs.get(names[stage.targets[0].module])
+    wanted = plain.inputs.get(names[group.targets[0].module])
     for name, out in plain.outputs.items():
         if out is wanted:
             for place in places:

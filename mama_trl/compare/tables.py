@@ -10,8 +10,10 @@ import matplotlib.pyplot as plt
 from rich.console import Console
 from rich.table import Table
 
-from ..report.plots import COLOURS, LABELS, METHOD_COLOURS, STYLE, number
+from ..report.plots import COLOURS, METHOD_COLOURS, STYLE, number
+from ..solvers.methods import METHODS
 
+LABELS = {name: method.label for name, method in METHODS.items()}
 WIDTH = 100  # columns of a terminal that every table fits into
 
 

@@ -14,6 +14,7 @@ from ..indicators.trajectory import read_history, take_sample
 from ..masks.files import FOLDER, STATE_FILE
 from ..masks.maskset import MaskSet
 from ..report.html import write_report
+from ..solvers.methods import METHODS
 from .recipe import BASELINES, STAGES
 from .run import Run
 
@@ -69,6 +70,7 @@ def report_of(run: Run) -> Path:
     distill_steps = final["steps"]
     report = {
         "title": run.config.title,
+        "labels": {name: method.label for name, method in METHODS.items()},
         "versions": _versions(),
         "seed": run.config.seed,
         "machine": {"cores": os.cpu_count(), "processor": platform.machine(), "cuda": run.cuda},

@@ -147,7 +147,7 @@ def grpo(run: Run, label: str) -> dict:
     history = _train(trainer, label)
     curve = [[row["step"], row["reward"]] for row in history if "reward" in row]
     sparsity = [[row["step"], row["mama/sparsity"]] for row in history if "reward" in row]
-    facts = {"reward": curve, "sparsity_history": sparsity, "mask_step": trainer.mama.schedule.start}
+    facts = {"reward": curve, "sparsity_history": sparsity, "mask_step": trainer.mama.regime.schedule.start}
     return _finish(run, "grpo", trainer, **facts, **run.evaluate(trainer.model))
 
 

@@ -52,6 +52,11 @@ def engine_of(model: nn.Module) -> str:
     return "ddp" if ranks.everyone() is not None else "single"
 
 
+def keeps_frozen_masters(engine: str) -> bool:
+    """Whether masks reach the weights of a frozen parameter, which an optimizer knows nothing of."""
+    return engine in ("single", "ddp")
+
+
 def _refuse_unsupported(model: nn.Module) -> None:
     engine = AcceleratorState().distributed_type if AcceleratorState._shared_state else DistributedType.NO
     parameters = list(model.parameters())

@@ -2,7 +2,8 @@
 
 from typing import Optional
 
-from torch import Tensor
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
@@ -45,3 +46,8 @@ class TensorShard(Shard):
         inner = getattr(optimizer, "optimizer", optimizer)
         state = inner.state.get(self.parameter, {}).get(key)
         return None if state is None else state.to_local().view(-1) if isinstance(state, DTensor) else state.view(-1)
+
+
+def plain_class(model: nn.Module) -> type[nn.Module]:
+    """The model's class without what `fully_shard` has mixed into it."""
+    return next(cls for cls in type(model).__mro__ if not issubclass(cls, FSDPModule))

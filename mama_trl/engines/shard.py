@@ -85,13 +85,17 @@ class Shard:
         """The owned range of a tensor of the full shape."""
         return whole.reshape(-1)[self.start : self.start + self.length]
 
+    def whole(self, owned: Tensor) -> Tensor:
+        """A tensor of the full shape of which each rank gives its owned range, (length,). Collective over `group`."""
+        if self.group is None:
+            return owned.view(self.shape)
+        whole = torch.zeros(self.numel, dtype=owned.dtype, device=owned.device)
+        whole[self.start : self.start + self.length] = owned
+        return ranks.total(whole, self.group).view(self.shape)
+
     def full(self) -> Tensor:
         """A copy of the whole parameter from the masters. Collective over `group`."""
-        if self.group is None:
-            return self.master.detach().clone().view(self.shape)
-        whole = torch.zeros(self.numel, dtype=self.master.dtype, device=self.master.device)
-        whole[self.start : self.start + self.length] = self.master
-        return ranks.total(whole, self.group).view(self.shape)
+        return self.whole(self.master.detach().clone())
 
     def write(self, whole: Tensor) -> None:
         """Puts the same `whole` values, given on every rank, into master and working copies."""

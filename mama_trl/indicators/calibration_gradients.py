@@ -4,15 +4,12 @@ One backward pass per batch; each parameter's gradient is taken up and freed as 
 gradient is held at a time, beside one bf16 statistic (2 bytes per prunable connection).
 """
 
-from typing import Optional
-
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 from tqdm import tqdm
 
-from ..model.targets import Target, find_targets
-from ..selection.allocation import shared_by
+from ..model.targets import Target
 from .formulas import sensitivity
 
 
@@ -57,20 +54,3 @@ def sensitivities(
             parameter.grad = gradient
         model.train(training)
     return {t.name: t.own(totals[id(t.parameter)]) for t in targets}
-
-
-def sensitivity_budget(
-    model: nn.Module,
-    rows: Tensor,
-    sparsity: float,
-    blend: float,
-    targets: Optional[list[Target]] = None,
-    batch_size: int = 8,
-    progress: bool = False,
-) -> dict[str, float]:
-    """Sparsity by target name: `blend` of what a contest by mean |w g| over the whole model gives, the rest uniform.
-
-    The number of kept connections is that of a uniform budget.
-    """
-    targets = targets if targets is not None else find_targets(model, experts=True)
-    return shared_by(sensitivities(model, rows, targets, batch_size, progress), targets, sparsity, blend)

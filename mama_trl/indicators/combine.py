@@ -1,50 +1,111 @@
-"""Several indicators as one score."""
+"""Several indicators as one score: the one place where they are combined, in training and in one-shot pruning alike."""
 
+from dataclasses import dataclass
 from typing import Optional
 
 import torch
 from torch import Tensor
 
+from ..engines import ranks
+from ..selection.everywhere import exact_mean
 
-def combine(scores: dict[str, Tensor], weights: dict[str, float], means: Optional[dict[str, float]] = None) -> Tensor:
-    """Weighted geometric mean: Π s_i^(w_i / Σ w). Free of each indicator's scale, so no normalisation.
-
-    A negative score (movement away from importance) counts as zero. `means` are those of the whole matrices where
-    `scores` are a part of them; they only keep powers of numbers near 1e-12 from underflowing. Raises KeyError for
-    a missing score.
-    """
-    total = sum(weights.values())
-    result: Optional[Tensor] = None
-    for name, weight in weights.items():
-        factor = scores[name].float().clamp_min(0)
-        mean = factor.mean() if means is None else torch.as_tensor(means[name], device=factor.device)
-        factor = (factor / mean.clamp_min(1e-38)).pow(weight / total)
-        result = factor if result is None else result * factor
-    return result if result is not None else torch.empty(0)
+LEAST = 1e-6  # of a score's mean: what a relative score counts as least, so that no quotient explodes
 
 
-def factors(weight: Tensor, scores: dict[str, Tensor], weights: dict[str, float]) -> tuple[Optional[Tensor], float]:
-    """`importance` and `activation_power` for `prune`, so that |w| ‖x‖^power · importance is the geometric mean.
+@dataclass(frozen=True)
+class Criterion:
+    """By what a connection is judged: Π s_i^(share_i) over the indicators s_i, the shares of `weights` summing to 1.
 
-    Π s_i^(share_i) over the indicators s_i, shares summing to 1; each score is divided by its mean first. Magnitude
-    |w| and activation |w| ‖x‖ need no scores.
+    Magnitude |w| and activation |w| ‖x‖ follow from the weights and the inputs at hand; other indicators come from a
+    source (source.py). In the score, |w| has the exponent of the shares of both, and ‖x‖ that of activation's alone.
 
     Args:
-        weight: (out, in).
-        scores: (out, in) >= 0 by indicator, for all but magnitude and activation.
-        weights: weight of each indicator.
+        weights: weight of each indicator by name, all positive.
+    """
+
+    weights: dict[str, float]
+
+    @property
+    def sourced(self) -> list[str]:
+        """The indicators that a source must give."""
+        return [name for name in self.weights if name not in ("magnitude", "activation")]
+
+    @property
+    def shares(self) -> dict[str, float]:
+        total = sum(self.weights.values())
+        return {name: weight / total for name, weight in self.weights.items()}
+
+    @property
+    def input_exponent(self) -> float:
+        """The exponent of ‖x‖ in the score."""
+        return self.shares.get("activation", 0.0)
+
+    def score(self, weight: Tensor, norm: Optional[Tensor], found: dict[str, Tensor]) -> Tensor:
+        """The score of each connection of a whole matrix, (out, in) fp32.
+
+        Args:
+            weight: (out, in).
+            norm: ‖x_j‖ (in,); only activation reads it.
+            found: (out, in) by name of each of `sourced`.
+        """
+        scores = dict(found)
+        if "magnitude" in self.weights:
+            scores["magnitude"] = weight.float().abs()
+        if "activation" in self.weights:
+            scores["activation"] = weight.float().abs() * norm
+        return combine(scores, self.weights)
+
+    def multiplier(self, weight: Tensor, norm: Tensor, found: dict[str, Tensor]) -> Optional[Tensor]:
+        """What multiplies |w'| ‖x‖ of a weight w' that a solver still moves, so that it is judged by this criterion.
+
+        ‖x‖^(input_exponent − 1) Π (s_i / |w|)^(share_i) over the sourced indicators, each s_i and |w| relative to its
+        mean. Not the score itself: that belongs to the dense weight, and a solver judges what it has made of it.
+
+        Returns:
+            (out, in) fp32, or None for activation alone, where nothing needs to be multiplied.
+        """
+        result: Optional[Tensor] = None
+        if self.input_exponent != 1.0:
+            least = norm.clamp_min(1e-12 * norm.max().clamp_min(1e-30))
+            result = least.pow(self.input_exponent - 1.0).expand(weight.shape)
+        if self.sourced:
+            size = _relative(weight.float().abs())
+            quotients = torch.ones_like(size)
+            for name in self.sourced:
+                quotients *= (_relative(found[name].float().clamp_min(0)) / size).pow(self.shares[name])
+            result = quotients if result is None else result * quotients
+        return result
+
+
+def _relative(values: Tensor) -> Tensor:
+    return (values / values.mean().clamp_min(1e-38)).clamp_min(LEAST)
+
+
+def combine(
+    scores: dict[str, Tensor], weights: dict[str, float], numel: Optional[int] = None, group: ranks.Group = None
+) -> Tensor:
+    """Weighted geometric mean Π s_i^(w_i / Σ w) of scores of any shape, fp32: free of each score's scale.
+
+    A negative score (movement towards zero) counts as zero. Each score is divided by its mean over the whole matrix,
+    which only keeps powers of numbers near 1e-12 from underflowing, and is the same to the last bit on any number of
+    ranks.
+
+    Args:
+        numel: connections of the whole matrix, where `scores` are what this rank of `group` owns of it.
+
+    Raises:
+        KeyError: a score is missing.
     """
     total = sum(weights.values())
-    size = weight.float().abs()
-    size = (size / size.mean().clamp_min(1e-38)).clamp_min(1e-6)
-    result = torch.ones_like(size)
-    for name, value in weights.items():
-        if name not in ("magnitude", "activation"):
-            score = scores[name].float().clamp_min(0)
-            score = (score / score.mean().clamp_min(1e-38)).clamp_min(1e-6)
-            result *= (score / size).pow(value / total)
-    plain = all(name in ("magnitude", "activation") for name in weights)
-    return None if plain else result, weights.get("activation", 0.0) / total
+    positive = {name: scores[name].float().clamp_min(0) for name in weights}
+    if len(positive) == 1:
+        return next(iter(positive.values()))
+    result: Optional[Tensor] = None
+    for name, score in positive.items():
+        mean = exact_mean(score, score.numel() if numel is None else numel, group)
+        factor = (score / max(mean, 1e-38)).pow(weights[name] / total)
+        result = factor if result is None else result * factor
+    return result if result is not None else torch.empty(0)
 
 
 def weights_and_biases(weight: Tensor, bias: Optional[Tensor]) -> Tensor:

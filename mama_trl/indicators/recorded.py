@@ -12,7 +12,6 @@ from torch import Tensor, nn
 from ..errors import MamaError
 from ..masks.files import RangeReader
 from ..model.targets import Target
-from .combine import factors
 from .formulas import curvature
 from .trajectory import STEM
 
@@ -82,25 +81,3 @@ def _curvature(folder: str, model: nn.Module, targets: list[Target]) -> dict[str
         for t in targets if moments.get(t.parameter_name) is not None
     }
     return {"curvature": found}
-
-
-def indicator_options(
-    targets: list[Target], scores: dict[str, dict[str, Tensor]], weights: dict[str, float]
-) -> dict:
-    """`importance` and `activation_power` of `prune` for weighted indicators; see `factors`.
-
-    Raises:
-        MamaError: an indicator is neither magnitude nor activation nor in `scores`.
-    """
-    for name in weights:
-        if name not in ("magnitude", "activation") and name not in scores:
-            have = ", ".join(["magnitude", "activation", *scores])
-            raise MamaError(
-                f"`indicators` has {name!r}, which no training run left beside this model: use one of {have}."
-            )
-    importance, power = {}, 1.0
-    for t in targets:
-        own = {name: scores[name][t.name] for name in weights if name in scores}
-        importance[t.name], power = factors(t.matrix.detach(), own, weights)
-    plain = any(value is None for value in importance.values())
-    return {"importance": None if plain else importance, "activation_power": power}

@@ -118,6 +118,11 @@ class RangeReader:
                 "earlier checkpoint."
             )
 
+    @property
+    def names(self) -> list[str]:
+        """All that can be read."""
+        return list(dict.fromkeys(name for _, ranges in self._files for name in ranges))
+
     def read(self, name: str, start: int, length: int, bits: bool = False) -> Tensor:
         """The flat range [start, start + length) of `name`; with `bits` of flags, packed anew from `start` on.
 

@@ -1,76 +1,66 @@
-"""Where a mask update finds a block and its matrices, and how the solved ones get back.
+"""Who solves which matrix, and how the results get back into the weights.
 
 `LocalPlacement` is for a model that this process holds alone. `DistributedPlacement` is for a training run of several
-processes: each calibrates on its own tokens, the grams are added up, the matrices of a stage are solved on different
-ranks at once, and every rank writes what it owns of the results. Where the parameters are sharded, a block is gathered
-into a plain copy that each rank runs alone, one block at a time: beyond its shards a rank holds one block and its
-grams.
+processes: each calibrates on its own tokens, the grams are added up, the matrices of a layer group are solved on
+different ranks at once, and every rank writes what it owns of the results. (Where a block can run is
+calibration/source.py's.)
 """
 
-import copy
-from dataclasses import replace
 from typing import Optional
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule
 
+from ..calibration.grams import Measured
+from ..calibration.source import BlocksInPlace, blocks_of
 from ..engines import ranks
-from ..engines.detect import shard_of, shards_of
+from ..engines.detect import shards_of
 from ..engines.shard import Shard
-from ..engines.zero import release_gathered
 from ..masks.bits import bytes_for, pack_bits, unpack_bits
 from ..masks.maskset import MaskSet
-from ..model.blocks import find_blocks
 from ..model.targets import Target, stack_experts
-from ..solvers.problem import Gram, Solution
+from ..solvers.problem import Solution
 
 
 class LocalPlacement:
     """The whole model in this process; weights are read and written in place.
 
+    Args:
+        targets: the matrices to prune.
+
     `found` holds the bool masks (out, in) by target name.
     """
 
-    may_stop = True  # whether a forward pass of the model may be ended by an exception
-
-    def __init__(self):
+    def __init__(self, targets: list[Target]):
+        self.targets = targets
+        self.source = BlocksInPlace()
         self.found: dict[str, Tensor] = {}
 
-    def same(self, tokens: Tensor) -> Tensor:
-        """`tokens` that are the same on every rank."""
-        return tokens
-
-    def runnable(self, index: int, name: str, block: nn.Module, own: list[Target]) -> tuple[nn.Module, list[Target]]:
-        """A block that runs without any other rank, and its targets."""
-        return block, own
-
-    def release(self, index: int) -> None:
-        """The block is done with."""
-
-    def add_up(self, grams: dict[str, Gram], goals: dict) -> None:
+    def add_up(self, measured: Measured) -> None:
         """Makes the grams and goals those of all ranks' tokens."""
 
-    def read(self, own: list[Target], target: Target) -> Optional[tuple[Tensor, Optional[Tensor]]]:
-        """(weight (out, in), bias (out,) or None), fp32; None if another rank solves this matrix."""
+    def read(self, group: list[Target], target: Target) -> Optional[tuple[Tensor, Optional[Tensor]]]:
+        """(weight (out, in), bias (out,) or None), fp32; None if another rank solves this matrix of `group`."""
         return target.matrix.float(), None if target.bias is None else target.bias.detach().float()
 
-    def write(self, own: list[Target], solved: dict[str, Solution]) -> None:
-        for target in own:
-            result = solved[target.name]
-            _write_here(target, result)
-            self.found[target.name] = result.mask
+    def write(self, group: list[Target], solved: dict[str, Solution]) -> None:
+        """Puts solutions, by target name, into the weights."""
+        for target in group:
+            solution = solved[target.name]
+            _write_here(target, solution)
+            self.found[target.name] = solution.mask
 
-    def masks(self, targets: list[Target], pattern: str) -> MaskSet:
-        result = MaskSet.from_masks(stack_experts(targets, self.found), pattern)
-        result.bind(shards_of({target.parameter_name: target.parameter for target in targets}.items()))
+    def masks(self, pattern: str) -> MaskSet:
+        """The masks of all that was written."""
+        result = MaskSet.from_masks(stack_experts(self.targets, self.found), pattern)
+        result.bind(shards_of({target.parameter_name: target.parameter for target in self.targets}.items()))
         return result
 
 
-def _write_here(target: Target, result: Solution) -> None:
-    target.matrix.copy_(result.weight)
-    if result.bias is not None:
-        target.bias.data.copy_(result.bias)
+def _write_here(target: Target, solution: Solution) -> None:
+    target.matrix.copy_(solution.weight)
+    if solution.bias is not None:
+        target.bias.data.copy_(solution.bias)
 
 
 class DistributedPlacement(LocalPlacement):
@@ -78,91 +68,57 @@ class DistributedPlacement(LocalPlacement):
 
     Args:
         model: the unwrapped model.
+        targets: the matrices to prune.
         shards: of the targets' weights and biases, by parameter name.
         group: all processes; each calibrates on its own tokens.
     """
 
-    def __init__(self, model: nn.Module, shards: dict[str, Shard], group: ranks.Group):
-        super().__init__()
-        self._model, self._shards, self._group = model, shards, group
-        # ZeRO-1 and ZeRO-2 leave whole working weights on every rank, whose blocks run as they are.
-        self._sharded = not all(shard.gathered for shard in shards.values())
-        self.may_stop = not self._sharded
-        self._plain: Optional[nn.Module] = None
+    def __init__(self, model: nn.Module, targets: list[Target], shards: dict[str, Shard], group: ranks.Group):
+        super().__init__(targets)
+        self.source = blocks_of(model, shards, group)
+        self._shards, self._group = shards, group
         self._packed: dict[str, Tensor] = {}
 
-    def same(self, tokens: Tensor) -> Tensor:
-        return ranks.from_rank(tokens.clone(), 0, self._group)
+    def _solver(self, group: list[Target], target: Target) -> int:
+        """The rank that solves `target`."""
+        return [t.name for t in group].index(target.name) % ranks.size(self._group)
 
-    # ------------------------------------------------------------------ one block
-
-    def runnable(self, index: int, name: str, block: nn.Module, own: list[Target]) -> tuple[nn.Module, list[Target]]:
-        if not self._sharded:
-            return block, own
-        release_gathered(self._model)
-        plain = self._plain_block(index)
-        device = next(iter(self._shards.values())).parameter.device
-        plain.to_empty(device=device)
-        theirs = dict(block.named_parameters())
-        for local, parameter in plain.named_parameters():
-            shard = self._shards.get(f"{name}.{local}") or shard_of(f"{name}.{local}", theirs[local])
-            parameter.data = shard.full().to(device, theirs[local].dtype)
-        for (_, mine), (_, buffer) in zip(plain.named_buffers(), block.named_buffers()):
-            mine.data.copy_(buffer)
-        modules = dict(plain.named_modules())
-        return plain, [replace(t, module=modules[t.module_name[len(name) + 1 :]]) for t in own]
-
-    def _plain_block(self, index: int) -> nn.Module:
-        """The block without weights and without any engine's hooks, from a model built anew."""
-        if self._plain is None:
-            cls = next(c for c in type(self._model).__mro__ if not issubclass(c, FSDPModule))
-            with torch.device("meta"):
-                self._plain = cls(copy.deepcopy(self._model.config)).eval()
-        return find_blocks(self._plain)[index][1]
-
-    def release(self, index: int) -> None:
-        if self._sharded:
-            self._plain_block(index).to_empty(device="meta")
-
-    # ------------------------------------------------------------------ one stage
-
-    def _solver(self, own: list[Target], target: Target) -> int:
-        return [t.name for t in own].index(target.name) % ranks.size(self._group)
-
-    def add_up(self, grams: dict[str, Gram], goals: dict) -> None:
-        for gram in {id(gram): gram for gram in grams.values()}.values():  # layers with one input share one gram
+    def add_up(self, measured: Measured) -> None:
+        # Layers with one input share one gram.
+        for gram in {id(gram): gram for gram in measured.grams.values()}.values():
             gram.gram = ranks.total(gram.gram, self._group)
             gram.total = ranks.total(gram.total, self._group)
             tokens = torch.tensor(gram.tokens, dtype=torch.int64, device=gram.gram.device)
             gram.tokens = int(ranks.total(tokens, self._group))
-        for name in sorted(goals):
-            goals[name].cross = ranks.total(goals[name].cross, self._group)
-            goals[name].total = ranks.total(goals[name].total, self._group)
+        for name in sorted(measured.goals):
+            goal = measured.goals[name]
+            goal.cross = ranks.total(goal.cross, self._group)
+            goal.total = ranks.total(goal.total, self._group)
 
-    def read(self, own: list[Target], target: Target) -> Optional[tuple[Tensor, Optional[Tensor]]]:
+    def read(self, group: list[Target], target: Target) -> Optional[tuple[Tensor, Optional[Tensor]]]:
         # From the masters: the working copy may be rounded.
         weight = self._shards[target.name].full()
         bias = self._shards[f"{target.module_name}.bias"].full() if target.bias is not None else None
-        if self._solver(own, target) != ranks.rank(self._group):
+        if self._solver(group, target) != ranks.rank(self._group):
             return None
         weight = target.oriented(weight).float().to(target.device)
         return weight, None if bias is None else bias.float().to(target.device)
 
-    def write(self, own: list[Target], solved: dict[str, Solution]) -> None:
-        for target in own:
-            result = self._handed_out(self._solver(own, target), target, solved.pop(target.name, None))
-            if self._sharded and target.block is not None:
-                _write_here(target, result)  # the plain copy, which later stages run through
+    def write(self, group: list[Target], solved: dict[str, Solution]) -> None:
+        for target in group:
+            solution = self._handed_out(self._solver(group, target), target, solved.pop(target.name, None))
+            if not self.source.may_stop and target.block is not None:
+                _write_here(target, solution)  # the plain copy, which later groups run through
             shard = self._shards[target.name]
-            shard.write(target.oriented(result.weight).contiguous().to(shard.master.device, shard.master.dtype))
-            flags = shard.owned(target.oriented(result.mask).contiguous())
+            shard.write(target.oriented(solution.weight).contiguous().to(shard.master.device, shard.master.dtype))
+            flags = shard.owned(target.oriented(solution.mask).contiguous())
             self._packed[target.name] = pack_bits(flags).to(shard.master.device)
-            if result.bias is not None:
+            if solution.bias is not None:
                 bias = self._shards[f"{target.module_name}.bias"]
-                bias.write(result.bias.to(bias.master.device, bias.master.dtype))
+                bias.write(solution.bias.to(bias.master.device, bias.master.dtype))
 
     def _handed_out(self, source: int, target: Target, own: Optional[Solution]) -> Solution:
-        """The result of the rank that solved this matrix."""
+        """The solution of the rank that solved this matrix."""
         group = self._group
         if group is None:
             return own
@@ -179,5 +135,5 @@ class DistributedPlacement(LocalPlacement):
             bias = ranks.from_rank(own.bias if own else empty.new_empty(outputs), source, group)
         return Solution(weight, mask, bias)
 
-    def masks(self, targets: list[Target], pattern: str) -> MaskSet:
-        return MaskSet.from_shards(self._packed, [self._shards[target.name] for target in targets], pattern)
+    def masks(self, pattern: str) -> MaskSet:
+        return MaskSet.from_shards(self._packed, [self._shards[target.name] for target in self.targets], pattern)

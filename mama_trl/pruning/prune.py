@@ -1,190 +1,233 @@
 """Prunes a model in place, block by block, by any of the methods."""
 
 import logging
-from typing import Optional
+from contextlib import closing
+from dataclasses import dataclass, field, replace
+from typing import Iterator, Optional
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from ..calibration.blockwise import blockwise
-from ..calibration.stages import staged
-from ..config import REDISTRIBUTIONS, check_choice, check_sparsity, parse_pattern
+from ..calibration.grams import Measured
+from ..calibration.progress import Progress
+from ..calibration.stagewise import stagewise
+from ..config import RECORDED_BUDGETS, PruningOptions, check_choice
 from ..errors import MamaError
-from ..indicators.calibration_gradients import sensitivity_budget
+from ..indicators.calibration_gradients import sensitivities
+from ..indicators.combine import Criterion
+from ..indicators.source import ScoreSource, StoredScores
 from ..masks.maskset import MaskSet
-from ..model.blocks import find_blocks
+from ..model.fits import check_fits
 from ..model.targets import Target, find_targets
-from ..selection.allocation import default_blend
-from ..solvers.alps import alps
+from ..selection.allocation import allocate
 from ..solvers.magnitude import magnitude
-from ..solvers.problem import Goal, Gram, Solution, solve_mama
-from ..solvers.sparsegpt import sparsegpt
-from ..solvers.wanda import wanda
+from ..solvers.methods import METHODS, Method
+from ..solvers.problem import LayerProblem, Solution
 from .placement import LocalPlacement
-from .resume import Unfinished
 
 logger = logging.getLogger(__name__)
 # A layer that sees fewer calibration tokens than this, while others see all, is an expert that was hardly asked.
 FEWEST_TOKENS = 64
 TOKENS_PER_INPUT = 16
-BUDGETS = ("uniform", "sensitivity")
-SCOPES = ("matrix", "row")
-METHODS = ("magnitude", "wanda", "sparsegpt", "alps", "mama")
 
 
 def prune(
     model: nn.Module,
     calibration: Optional[Tensor] = None,
-    method: str = "mama",
-    sparsity: float = 0.5,
-    pattern: str = "unstructured",
+    method: str | Method = "mama",
+    sparsity: float = PruningOptions.sparsity,
+    scores: Optional[ScoreSource] = None,
     layer_sparsity: Optional[dict[str, float]] = None,
-    redistribution: str = "least_squares",
-    importance: Optional[dict[str, Tensor]] = None,
-    targets: Optional[list[Target]] = None,
-    batch_size: int = 8,
-    progress: bool = True,
-    unfinished: Optional[Unfinished] = None,
-    budget: Optional[str] = None,
-    budget_blend: Optional[float] = None,
-    activation_power: float = 1.0,
-    dense_goals: bool = True,
-    exchanges: bool = True,
-    scope: str = "matrix",
     placement: Optional[LocalPlacement] = None,
+    batch_size: int = 8,
+    progress: bool | Progress = True,
+    **options,
 ) -> MaskSet:
     """Prunes `model` in place and returns its masks.
 
     Each block is calibrated on the outputs of the blocks before it, already pruned. Solvers work in fp32;
-    weights keep their dtype.
+    weights keep their dtype. An expert of a mixture to which fewer than 64 calibration tokens came is pruned by
+    magnitude, without redistribution; which ones is logged once.
 
     Args:
         calibration: token ids, int64 (n, sequence_length); not needed by magnitude.
-        method: `magnitude`, `wanda`, `sparsegpt`, `alps` or `mama`.
-        sparsity: pruned share in [0, 1), per matrix.
-        pattern: `unstructured` or N:M, which sets the sparsity.
-        layer_sparsity: sparsity by parameter name; default `sparsity` for all.
-        redistribution: for `mama`: least_squares, bias, mean or none.
-        importance: for `mama`: (out, in) factors by parameter name on the activation score |w| ‖x‖.
-        targets: default `find_targets(model, experts=True)`. An expert of a mixture to which fewer than 64
-            calibration tokens came is pruned by magnitude, without redistribution; which ones is logged once.
-        unfinished: where each finished block is stored, and finished blocks of a killed run are taken from.
-        budget: how the sparsity is shared among matrices: `uniform`, or by `sensitivity`, one pass of calibration
-            gradients over the dense model. Default sensitivity for `mama`, uniform for the others, as their papers do.
-            `layer_sparsity` and N:M go before it.
-        budget_blend: share of the sensitivity budget, the rest uniform; default `default_blend(sparsity)`.
-        activation_power: for `mama`: exponent of ‖x‖ in the activation score; 0 leaves the inputs out of the indicator.
-        dense_goals: for `mama` with least_squares: each layer aims at the dense model's outputs; False = at what its
-            dense weight makes of the inputs it gets, as other methods do.
-        exchanges: for `mama` with least_squares: exchange kept for pruned connections while that lowers the error.
-        scope: for `mama`: where connections compete, within a `matrix` or within each output `row`.
-        placement: where the matrices lie; default in this process alone.
+        method: a name in `METHODS`, or a `Method`.
+        sparsity: pruned share of the prunable connections, in [0, 1).
+        scores: where indicators and budgets come from that a training run recorded (see indicators/recorded.py).
+        layer_sparsity: sparsity by target name, instead of an allocation by `budget`.
+        placement: which matrices, and where they lie; default in this process alone.
+        batch_size: calibration sequences at once.
+        progress: a bar (True), nothing (False), or a `Progress` that also keeps finished blocks.
+        options: the other fields of `PruningOptions`, such as `pattern="2:4"`.
 
     Raises:
-        MamaError: a value makes no sense, or calibration tokens are missing.
+        MamaError: a value makes no sense or would have no effect, or calibration tokens or scores are missing.
     """
-    budget = check_choice(budget or ("sensitivity" if method == "mama" else "uniform"), BUDGETS, "budget")
-    check_choice(method, METHODS, "method")
-    check_choice(redistribution, REDISTRIBUTIONS, "redistribution")
-    check_choice(scope, SCOPES, "scope")
-    if scope == "row" and method != "mama":
-        raise MamaError(f"`scope` is 'row', which only method mama takes: leave it out for {method}.")
-    check_sparsity(sparsity)
-    group = parse_pattern(pattern)
-    targets = targets if targets is not None else find_targets(model, experts=True)
-    if calibration is None and method != "magnitude":
-        raise MamaError(f"`calibration` is missing: method {method} needs token ids (n, sequence_length).")
-    if calibration is None and budget != "uniform":
-        raise MamaError(f"`calibration` is missing: budget {budget} needs token ids (n, sequence_length).")
-    if budget == "sensitivity" and layer_sparsity is None and group is None and sparsity > 0:
-        blend = default_blend(sparsity) if budget_blend is None else budget_blend
-        # What a matrix is worth shows after a few thousand tokens.
-        few = spread_evenly(calibration, -(-len(calibration) // 8))
-        # Its backward pass keeps the activations of every layer: fewer blocks at once.
-        layer_sparsity = sensitivity_budget(model, few, sparsity, blend, targets, max(batch_size // 4, 1), progress)
-    placement = placement if placement is not None else LocalPlacement()
-    rare: list[str] = []
-
-    def solve(target: Target, weight: Tensor, bias: Optional[Tensor], gram: Optional[Gram], goal, factors) -> Solution:
-        share = (layer_sparsity or {}).get(target.name, sparsity)
-        if method == "magnitude" or target.name in rare:
-            return Solution(*magnitude(weight, share, group))
-        if method == "wanda":
-            return Solution(*wanda(weight, gram.norm, share, group))
-        if method == "sparsegpt":
-            return Solution(*sparsegpt(weight, gram.gram, share, group))
-        if method == "alps":
-            return Solution(*alps(weight, gram.gram, share, group))
-        if activation_power != 1.0:
-            norm = gram.norm.clamp_min(1e-12 * gram.norm.max().clamp_min(1e-30))
-            factors = norm.pow(activation_power - 1.0) * (1.0 if factors is None else factors)
-            factors = factors.expand(target.shape)
-        goal = goal if dense_goals else None
-        by_row = scope == "row"
-        return Solution(*solve_mama(weight, bias, gram, goal, share, group, redistribution, factors, exchanges, by_row))
-
-    def note_rare(target: Target, gram: Gram) -> None:
-        if gram.tokens < min(FEWEST_TOKENS, calibration.numel()):
-            rare.append(target.name)
-
-    def visit(own: list[Target], grams: dict[str, Gram], goals: Optional[dict[str, Goal]] = None) -> None:
-        goals = goals or {}
-        placement.add_up(grams, goals)
-        for target in own if grams else []:
-            note_rare(target, grams[target.name])
-        # All are read before the first is solved, so that ranks that share the work solve at the same time.
-        work = {}
-        for target in own:
-            factors = (importance or {}).get(target.name)
-            found = placement.read(own, target)
-            if found is not None:
-                work[target.name] = (*found, grams.get(target.name), goals.get(target.name), factors)
-        grams.clear()
-        solved = {target.name: solve(target, *work.pop(target.name)) for target in own if target.name in work}
-        placement.write(own, solved)
-
-    with torch.no_grad():
-        if method == "magnitude":
-            for target in targets:
-                visit([target], {})
-        else:
-            bar = tqdm(total=len(find_blocks(model)), desc=f"prune ({method})", disable=not progress, unit="block")
-
-            def store(own: list[Target]) -> None:
-                if unfinished:
-                    unfinished.store(own, placement.found)
-
-            def visit_block(own: list[Target], grams: dict[str, Gram]) -> None:
-                visit(own, grams)
-                store(own)
-
-            def advance(done: int, total: int) -> None:
-                bar.update(1)
-
-            def restore(own: list[Target]) -> bool:
-                return unfinished is not None and unfinished.restore(own, placement.found)
-
-            with bar:
-                if method == "mama":
-                    few = _enough(calibration, targets)
-                    skip = unfinished.holds if unfinished else None
-                    staged(model, few, targets, visit, batch_size, advance, skip, restore, store, placement)
-                else:
-                    blockwise(model, calibration, targets, visit_block, batch_size, advance, restore)
-    if rare:
-        logger.warning(
-            "%d of %d matrices saw fewer than %d calibration tokens and were pruned by magnitude without "
-            "redistribution (%s%s): more calibration tokens would reach them.",
-            len(rare), len(targets), FEWEST_TOKENS, ", ".join(rare[:5]), ", ..." if len(rare) > 5 else "",
-        )
-    result = placement.masks(targets, pattern)
+    options = PruningOptions(sparsity=sparsity, **options)
+    if isinstance(method, str):
+        method = METHODS[check_choice(method, tuple(METHODS), "method")]
+    scores = scores if scores is not None else StoredScores()
+    if placement is None:
+        placement = LocalPlacement(find_targets(model, options.target_modules, options.exclude_modules, experts=True))
+    check_method(options, method, calibration is not None)
+    check_scores(options, method, scores, layer_sparsity is not None)
+    check_redistribution(options, placement.targets)
+    check_fits(placement.targets, options)
+    if layer_sparsity is None:
+        layer_sparsity = _allocated(model, calibration, method, options, scores, placement, batch_size, bool(progress))
+    if not isinstance(progress, Progress):
+        progress = Progress(f"prune ({method.label})", progress)
+    progress.masks = placement.found
+    tokens = 0 if calibration is None else calibration.numel()
+    sweep = _Sweep(method, options, scores, layer_sparsity, placement, tokens)
+    walk = _walk(model, calibration, method, placement, batch_size, progress)
+    with torch.no_grad(), closing(progress), closing(walk):
+        for measured in walk:
+            sweep.solve(measured)
+    sweep.warn_of_rare()
+    result = placement.masks(options.pattern)
     result.apply()
     return result
 
 
+def check_method(options: PruningOptions, method: Method, calibration: bool) -> None:
+    """Raises `MamaError` for options that this method does not take, or if it needs calibration and there is none."""
+    plain = PruningOptions()
+    for name in ("scope", "indicators", "redistribution"):
+        if not method.tunable and getattr(options, name) != getattr(plain, name):
+            raise MamaError(
+                f"`{name}` is {getattr(options, name)!r}, which method {method.label} does not take: leave it out, or "
+                "use method mama."
+            )
+    if options.scope == "global":
+        raise MamaError("`scope` is 'global', which one-shot pruning has not: use matrix with a `budget`, or row.")
+    reader = f"method {method.label}" if method.needs != "nothing" else "budget gradients"
+    if not calibration and (method.needs != "nothing" or options.budget == "gradients"):
+        raise MamaError(f"`calibration` is missing: {reader} measures activations: give token ids, or a text file.")
+
+
+def check_scores(options: PruningOptions, method: Method, scores: ScoreSource, allocated: bool) -> None:
+    """Raises `MamaError` for an indicator or (unless the sparsity is `allocated`) a budget that nobody recorded."""
+    asked = [("indicators", name) for name in Criterion(options.weights).sourced]
+    if not allocated and (options.budget or method.budget) in RECORDED_BUDGETS:
+        asked.append(("budget", options.budget))
+    for option, name in asked:
+        if name not in scores.names():
+            have = ["uniform", "gradients"] if option == "budget" else ["activation", "magnitude"]
+            raise MamaError(
+                f"`{option}` has {name!r}, which no training run left beside this model: use one of "
+                f"{', '.join([*have, *scores.names()])}."
+            )
+
+
+def check_redistribution(options: PruningOptions, targets: list[Target]) -> None:
+    """Raises `MamaError` where redistribution into biases would move nothing, since no layer has one."""
+    if options.redistribution == "bias" and all(target.bias_attribute is None for target in targets):
+        raise MamaError("`redistribution` is 'bias', but no layer to prune has one: use least_squares, mean or none.")
+
+
+def _allocated(
+    model: nn.Module, calibration: Optional[Tensor], method: Method, options: PruningOptions, scores: ScoreSource,
+    placement: LocalPlacement, batch_size: int, progress: bool,
+) -> dict[str, float]:
+    """Sparsity by target name under the options' budget."""
+    budget, targets = options.budget or method.budget, placement.targets
+    if budget == "uniform" or options.nm or options.sparsity == 0:
+        return {target.name: options.sparsity for target in targets}
+    if budget == "gradients":
+        # What a matrix is worth shows after a few thousand tokens.
+        few = spread_evenly(calibration, -(-len(calibration) // 8))
+        # Its backward pass keeps the activations of every layer: fewer sequences at once.
+        found = sensitivities(model, few, targets, max(batch_size // 4, 1), progress)
+    else:
+        found = {target.name: scores.whole(budget, target) for target in targets}
+    sizes = [target.shape[0] * target.shape[1] for target in targets]
+    blend = replace(options, budget=budget).blend
+    shares = allocate([found[target.name] for target in targets], sizes, options.sparsity, blend)
+    return {target.name: share for target, share in zip(targets, shares)}
+
+
+def _walk(
+    model: nn.Module, calibration: Optional[Tensor], method: Method, placement: LocalPlacement, batch_size: int,
+    progress: Progress,
+) -> Iterator[Measured]:
+    """The walk through the model that measures what the method needs."""
+    targets = placement.targets
+    if method.needs == "nothing":
+        return (Measured([target], {}) for target in targets)
+    if method.needs == "gram and goal":
+        few = _enough(calibration, targets)
+        return stagewise(model, few, targets, progress, batch_size, placement.source)
+    return blockwise(model, calibration, targets, progress, batch_size)
+
+
+@dataclass
+class _Sweep:
+    """Solves the layers of a model as they are measured.
+
+    Args:
+        tokens: calibration tokens in all.
+    """
+
+    method: Method
+    options: PruningOptions
+    scores: ScoreSource
+    layer_sparsity: dict[str, float]
+    placement: LocalPlacement
+    tokens: int
+    rare: list[str] = field(default_factory=list)
+
+    def solve(self, measured: Measured) -> None:
+        """Prunes the layers that were measured together."""
+        placement, group = self.placement, measured.targets
+        placement.add_up(measured)
+        # All are read before the first is solved, so that ranks that share the work solve at the same time.
+        problems = {target.name: self._problem(target, measured) for target in group}
+        measured.grams.clear()
+        measured.goals.clear()
+        solved: dict[str, Solution] = {}
+        for target in group:
+            problem = problems.pop(target.name)
+            if problem is not None:
+                solved[target.name] = self.method.solve(problem) if target.name not in self.rare else Solution(
+                    *magnitude(problem.weight, problem.sparsity, problem.nm)
+                )
+        placement.write(group, solved)
+
+    def _problem(self, target: Target, measured: Measured) -> Optional[LayerProblem]:
+        """The layer problem of a target; None if another rank solves it. Collective."""
+        criterion, inputs = Criterion(self.options.weights), measured.grams.get(target.name)
+        if inputs is not None and inputs.tokens < min(FEWEST_TOKENS, self.tokens):
+            self.rare.append(target.name)
+        found = {name: self.scores.whole(name, target) for name in criterion.sourced}
+        read = self.placement.read(measured.targets, target)
+        if read is None:
+            return None
+        return LayerProblem(
+            *read,
+            sparsity=self.layer_sparsity.get(target.name, self.options.sparsity),
+            nm=self.options.nm,
+            by_row=self.options.scope == "row",
+            inputs=inputs,
+            goal=measured.goals.get(target.name),
+            redistribution=self.options.redistribution,
+            criterion=criterion,
+            scores=found,
+        )
+
+    def warn_of_rare(self) -> None:
+        if self.rare:
+            logger.warning(
+                "%d of %d matrices saw fewer than %d calibration tokens and were pruned by magnitude without "
+                "redistribution (%s%s): more calibration tokens would reach them.",
+                len(self.rare), len(self.placement.targets), FEWEST_TOKENS, ", ".join(self.rare[:5]),
+                ", ..." if len(self.rare) > 5 else "",
+            )
+
+
 def _enough(calibration: Tensor, targets: list[Target]) -> Tensor:
-    """The calibration blocks that MAMA reads: half of them, or more if that were fewer than 16 tokens per input.
+    """The calibration sequences that MAMA reads: half of them, or more if that were fewer than 16 tokens per input.
 
     It goes through each block about five times where one-pass methods go twice, so that it costs about the same.
     """
@@ -193,8 +236,8 @@ def _enough(calibration: Tensor, targets: list[Target]) -> Tensor:
     return spread_evenly(calibration, max(-(-len(calibration) // 2), least))
 
 
-def spread_evenly(rows: Tensor, count: int) -> Tensor:
-    """At most `count` rows, evenly from all: the first ones may be of one kind of text, the last of another."""
-    if count >= len(rows):
-        return rows
-    return rows[torch.arange(count, device=rows.device) * len(rows) // count]
+def spread_evenly(sequences: Tensor, count: int) -> Tensor:
+    """At most `count` sequences, evenly from all: the first may be of one kind of text, the last of another."""
+    if count >= len(sequences):
+        return sequences
+    return sequences[torch.arange(count, device=sequences.device) * len(sequences) // count]

@@ -1,4 +1,4 @@
-"""`Unfinished`: finished blocks of a running `mama prune` on disk, so that a killed run goes on where it was."""
+"""Finished blocks of a running `mama prune` on disk, so that a killed run goes on where it was."""
 
 import hashlib
 import json
@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from ..calibration.progress import Progress
 from ..errors import MamaError, shown
 from ..folders import is_file, write_json
 from ..masks.bits import bytes_for, pack_bits, unpack_bits
@@ -97,10 +98,8 @@ class Unfinished:
                 path.unlink(missing_ok=True)
         return path in self._whole
 
-    def restore(self, targets: list[Target], masks: dict[str, Tensor]) -> bool:
-        """Writes a stored block into the model and `masks`; False if it is not stored."""
-        if not self.holds(targets):
-            return False
+    def restore(self, targets: list[Target], masks: dict[str, Tensor]) -> None:
+        """Writes a stored block into the model and `masks`."""
         stored = self._read(targets)
         for target in targets:
             target.matrix.copy_(stored[f"weight {target.name}"])
@@ -108,7 +107,6 @@ class Unfinished:
             masks[target.name] = unpack_bits(bits, target.shape)
             if target.bias is not None:
                 target.bias.data.copy_(stored[f"bias {target.name}"])
-        return True
 
     def remove(self) -> None:
         """Deletes the stored blocks, and the folder if nothing else lies in it."""
@@ -153,3 +151,20 @@ class Unfinished:
                     f"{self.folder.parent} holds the unfinished work of another command ({name}: {was}): call that one "
                     "again to finish it, or give --overwrite to start anew."
                 )
+
+
+class KeptProgress(Progress):
+    """Keeps each finished block in `unfinished`, and takes it from there when the command is called again."""
+
+    def __init__(self, label: str, unfinished: Unfinished, shown: bool = True):
+        super().__init__(label, shown)
+        self._unfinished = unfinished
+
+    def holds(self, targets: list[Target]) -> bool:
+        return self._unfinished.holds(targets)
+
+    def restore(self, targets: list[Target]) -> None:
+        self._unfinished.restore(targets, self.masks)
+
+    def finish(self, targets: list[Target]) -> None:
+        self._unfinished.store(targets, self.masks)

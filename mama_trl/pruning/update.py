@@ -8,18 +8,19 @@ from typing import Optional
 import torch
 from torch import Tensor, nn
 
-from ..config import MamaConfig, parse_indicators, parse_pattern
+from ..calibration.progress import Progress
+from ..config import MamaConfig
 from ..engines import ranks
 from ..engines.shard import Shard, group_of
 from ..errors import MamaError, warn_once
 from ..indicators.combine import combine
-from ..indicators.formulas import curvature, magnitude
+from ..indicators.source import TrainingScores
 from ..indicators.trajectory import Trajectory
 from ..masks.bits import pack_bits
 from ..masks.maskset import MaskSet
 from ..model.targets import Target
-from ..selection.allocation import blended, global_densities, uniform
-from ..selection.everywhere import exact_mean, global_packed_masks
+from ..selection.allocation import allocate, uniform
+from ..selection.everywhere import global_packed_masks
 from ..selection.largest import packed_masks
 from ..selection.patterns import OwnedScores, nm_mask_of_owned, row_mask_of_owned
 from ..selection.threshold import kept_count
@@ -27,6 +28,7 @@ from .placement import DistributedPlacement
 from .prune import prune
 
 logger = logging.getLogger(__name__)
+
 
 @dataclass
 class Update:
@@ -56,6 +58,10 @@ class Update:
         """The ranks over which the weights are spread; None where every rank holds them whole."""
         return group_of(self.owned)
 
+    @property
+    def scores(self) -> TrainingScores:
+        return TrainingScores({shard.name: shard for shard in self.owned}, self.trajectory, self.optimizer)
+
 
 def check_weights(shards: list[Shard]) -> None:
     """Raises `MamaError`, on all ranks, naming the first matrix with NaN or infinity; no mask is computed from it."""
@@ -68,42 +74,28 @@ def check_weights(shards: list[Shard]) -> None:
         )
 
 
-def raw_score(update: Update, shard: Shard, name: str) -> Optional[Tensor]:
-    """An indicator of what this rank owns of a matrix, 1-D, any float dtype; None where it was not recorded.
-
-    The reward's mean square stands for its root: their order is the same.
-    """
-    if name == "magnitude":
-        return magnitude(shard.master)
-    if name == "curvature":
-        moment = shard.optimizer_state(update.optimizer, "exp_avg_sq")
-        return None if moment is None else curvature(shard.master, moment)
-    if update.trajectory is not None and update.trajectory.recorded(name):
-        return update.trajectory.flat(name, shard.name)
-    return None
-
-
-def score(update: Update, shard: Shard, name: str) -> Tensor:
-    """`raw_score` in fp32 with the reward as its root; what was never recorded falls back to magnitude."""
-    value = raw_score(update, shard, name)
-    if value is None:
-        warn_once(logger, f"indicator {name} was not recorded or this optimizer keeps none: magnitude is used instead.")
-        return magnitude(shard.master)
-    return value.float().sqrt() if name == "reward" else value.float()
+def check_moments(update: Update) -> None:
+    """Raises `MamaError` if curvature is asked for and the optimizer, after its first step, keeps no second moments."""
+    config = update.config
+    for option, asked in (("indicators", list(config.weights)), ("budget", [config.allocation])):
+        if "curvature" in asked and update.scores.raw("curvature", update.owned[0]) is None:
+            raise MamaError(
+                f"`{option}` has 'curvature', of which this optimizer keeps nothing (Adam's second moments): use an "
+                "Adam optimizer, or sensitivity instead."
+            )
 
 
 def layer_sparsities(update: Update, sparsity: float) -> dict[str, float]:
-    """Sparsity per matrix under `config.budget`; uniform where its statistic is missing or N:M fixes it."""
+    """Sparsity per matrix under the run's allocation; uniform, said once, where its statistic was never recorded."""
     config, owned = update.config, update.owned
     sizes = [shard.numel for shard in owned]
     shares = uniform(sizes, sparsity)
-    if config.budget != "uniform" and config.budget_blend > 0 and not parse_pattern(config.pattern) and sparsity > 0:
-        scores = [raw_score(update, shard, config.budget) for shard in owned]
+    if config.allocation != "uniform" and sparsity > 0:
+        scores = [update.scores.raw(config.allocation, shard) for shard in owned]
         if any(value is None for value in scores):
-            warn_once(logger, f"budget {config.budget} was not recorded: the sparsity is shared uniformly instead.")
+            warn_once(logger, f"budget {config.allocation} was not recorded: the sparsity is shared uniformly instead.")
         else:
-            densities = global_densities(scores, sparsity, sizes, update.group)
-            shares = blended(sizes, densities, sparsity, config.budget_blend)
+            shares = allocate(scores, sizes, sparsity, config.blend, update.group)
     return {shard.name: share for shard, share in zip(owned, shares)}
 
 
@@ -112,11 +104,11 @@ def update_masks(update: Update, sparsity: float) -> MaskSet:
     """Computes masks at `sparsity` and changes the weights in place, on every rank's shards.
 
     Raises:
-        MamaError: a weight is NaN; calibration tokens are needed and there are none; ranks disagree.
+        MamaError: a weight is NaN; calibration tokens are needed and there are none; an indicator was never recorded;
+            ranks disagree.
     """
     config = update.config
     check_weights(update.owned)
-    weights = parse_indicators(config.indicators)
     shares = layer_sparsities(update, sparsity)
     if config.needs_calibration:
         if update.calibration is None or not len(update.calibration):
@@ -127,22 +119,43 @@ def update_masks(update: Update, sparsity: float) -> MaskSet:
         masks = prune(
             update.model,
             update.calibration,
-            method="mama",
-            sparsity=sparsity,
-            pattern=config.pattern,
+            scores=update.scores,
             layer_sparsity=shares,
-            redistribution=config.redistribution,
-            importance=_Factors(update, weights) if set(weights) != {"activation"} else None,
-            targets=update.targets,
-            progress=False,
-            scope=config.scope,
-            placement=DistributedPlacement(update.model, update.shards, ranks.everyone()),
+            placement=DistributedPlacement(update.model, update.targets, update.shards, ranks.everyone()),
+            progress=Progress("mask update", shown=False),
+            **vars(config.pruning(sparsity)),
         )
     else:
-        masks = _select(update, weights, sparsity, shares)
+        masks = select(update, sparsity, shares)
         masks.enforce()
-    check_agreement(masks, [sparsity, shares, sorted(weights.items()), config.scope, config.redistribution])
+    check_agreement(masks, [sparsity, shares, sorted(config.weights.items()), config.scope, config.redistribution])
     return masks
+
+
+def select(update: Update, sparsity: float, shares: dict[str, float]) -> MaskSet:
+    """Masks from scores alone, without calibration: nothing larger than a rank's own part is ever held."""
+    config, owned, group = update.config, update.owned, update.group
+    if config.scope == "global":
+        parts = [_scores(update, shard) for shard in owned]
+        packed = global_packed_masks(parts, [shard.numel for shard in owned], sparsity, group=group)
+    else:
+        packed = []
+        for target, shard in zip(update.targets, owned):
+            scores, share = _scores(update, shard), shares[shard.name]
+            piece = OwnedScores(scores, shard.start, shard.shape, target.transposed)
+            if config.nm:
+                packed.append(pack_bits(nm_mask_of_owned(piece, *config.nm, group)))
+            elif config.scope == "row":
+                packed.append(pack_bits(row_mask_of_owned(piece, kept_count(target.shape[1], share), group)))
+            else:
+                packed += packed_masks([scores], kept_count(shard.numel, share), group)
+    return MaskSet.from_shards({s.name: bits for s, bits in zip(owned, packed)}, owned, config.pattern)
+
+
+def _scores(update: Update, shard: Shard) -> Tensor:
+    """The combined score of what this rank owns of a matrix, 1-D fp32."""
+    weights = update.config.weights
+    return combine({name: update.scores.owned(name, shard) for name in weights}, weights, shard.numel, shard.group)
 
 
 def check_agreement(masks: MaskSet, decided: list) -> None:
@@ -162,62 +175,3 @@ def check_agreement(masks: MaskSet, decided: list) -> None:
             "the ranks disagree on the masks just computed, so the run stops: give every rank the same seed, "
             "configuration and package versions, and resume from the last checkpoint."
         )
-
-
-class _Factors:
-    """What multiplies the activation score of a matrix so that it becomes the weighted geometric mean of all
-    indicators, (out, in) by parameter name; computed when asked for, so that one matrix at a time is gathered.
-
-    Each indicator s enters as (s / |w|)^share.
-    """
-
-    def __init__(self, update: Update, weights: dict[str, float]):
-        self._update, self._weights = update, weights
-        self._targets = {target.name: target for target in update.targets}
-
-    def get(self, name: str) -> Tensor:
-        update, target = self._update, self._targets[name]
-        shard = update.shards[name]
-        size = self._relative(shard, magnitude(shard.master)).clamp_min(1e-12)
-        result = torch.ones_like(size)
-        total = sum(self._weights.values())
-        for indicator, weight in self._weights.items():
-            if indicator != "activation":
-                own = self._relative(shard, score(update, shard, indicator).clamp_min(0))
-                result *= (own.clamp_min(1e-6) / size).pow(weight / total)
-        whole = torch.zeros(shard.numel, device=result.device)
-        whole[shard.start : shard.start + shard.length] = result
-        whole = ranks.total(whole, shard.group).to(target.device)
-        return target.oriented(whole.view(shard.shape))
-
-    @staticmethod
-    def _relative(shard: Shard, values: Tensor) -> Tensor:
-        return values / max(exact_mean(values, shard.numel, shard.group), 1e-38)
-
-
-def _select(update: Update, weights: dict[str, float], sparsity: float, shares: dict[str, float]) -> MaskSet:
-    """Masks from scores alone, without calibration: nothing larger than a rank's own part is ever held."""
-    config, owned, group = update.config, update.owned, update.group
-    pattern = parse_pattern(config.pattern)
-    if config.scope == "global" and not pattern:
-        parts = [_combined(update, shard, weights) for shard in owned]
-        packed = global_packed_masks(parts, [shard.numel for shard in owned], sparsity, group=group)
-    else:
-        packed = []
-        for target, shard in zip(update.targets, owned):
-            scores, share = _combined(update, shard, weights), shares[shard.name]
-            piece = OwnedScores(scores, shard.start, shard.shape, target.transposed)
-            if pattern:
-                packed.append(pack_bits(nm_mask_of_owned(piece, *pattern, group)))
-            elif config.scope == "row":
-                keep = kept_count(target.shape[1], share)
-                packed.append(pack_bits(row_mask_of_owned(piece, keep, group)))
-            else:
-                packed += packed_masks([scores], kept_count(shard.numel, share), group)
-    return MaskSet.from_shards({s.name: bits for s, bits in zip(owned, packed)}, owned, config.pattern)
-
-
-def _combined(update: Update, shard: Shard, weights: dict[str, float]) -> Tensor:
-    scores = {name: score(update, shard, name) for name in weights}
-    means = {name: exact_mean(s.clamp_min(0), shard.numel, shard.group) for name, s in scores.items()}
-    return combine(scores, weights, means)

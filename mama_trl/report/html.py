@@ -6,7 +6,7 @@ from pathlib import Path
 
 from jinja2 import Environment, PackageLoader
 
-from .plots import LABELS, draw_all, number
+from .plots import draw_all, number
 from .summary import rows
 
 
@@ -46,7 +46,7 @@ def write_report(report: dict, folder: str | Path) -> Path:
     environment = Environment(loader=PackageLoader("mama_trl.report", "."), autoescape=True)
     environment.filters["number"] = number
     page = environment.get_template("template.html.jinja").render(
-        report=report, headline=headline(report), rows=rows(report), pictures=pictures, labels=LABELS
+        report=report, headline=headline(report), rows=rows(report), pictures=pictures, labels=report.get("labels", {})
     )
     path = folder / "report.html"
     temporary = folder / ".report.html.tmp"

@@ -12,12 +12,16 @@ import numpy as np  # noqa: E402
 # Okabe and Ito's colours, which colour-blind readers can tell apart.
 COLOURS = BLUE, ORANGE, GREEN, RED, GREY, PINK = "#0072B2", "#E69F00", "#009E73", "#D55E00", "#666666", "#CC79A7"
 METHOD_COLOURS = {"mama": BLUE, "magnitude": GREY, "wanda": ORANGE, "sparsegpt": GREEN, "alps": PINK}
-LABELS = {"mama": "MAMA", "magnitude": "magnitude", "wanda": "Wanda", "sparsegpt": "SparseGPT", "alps": "ALPS"}
 
 STYLE = {
     "font.size": 10, "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "grid.alpha": 0.25,
     "figure.dpi": 150, "savefig.bbox": "tight", "legend.frameon": False,
 }
+
+
+def called(report: dict, method: str) -> str:
+    """How a method is called: `labels` of the report, else its own name."""
+    return report.get("labels", {}).get(method, method)
 
 
 def sparsity_and_reward(report: dict):
@@ -42,7 +46,8 @@ def against_baselines(report: dict):
     """Perplexity (log axis) and task accuracy, one-shot and distilled, with the dense model as a line."""
     if not report.get("baselines"):
         return None
-    rows = [(LABELS[name], result["oneshot"], result["distilled"]) for name, result in report["baselines"].items()]
+    baselines = report["baselines"].items()
+    rows = [(called(report, name), result["oneshot"], result["distilled"]) for name, result in baselines]
     stages = report.get("mama_stages", {})
     rows.append(("MAMA", stages.get("grpo") or stages.get("oneshot") or {}, report["pruned"]))
     figure, axes = plt.subplots(1, 2, figsize=(9, 3.8))
@@ -136,7 +141,7 @@ def distillation(report: dict):
     figure, axis = plt.subplots(figsize=(7, 3.4))
     for name, curve in losses.items():
         if curve:
-            axis.plot(*zip(*curve), color=METHOD_COLOURS.get(name), label=LABELS.get(name, name))
+            axis.plot(*zip(*curve), color=METHOD_COLOURS.get(name), label=called(report, name))
     axis.set(xlabel="distillation step", ylabel="KL to the dense teacher (nats)", yscale="log")
     axis.legend()
     return figure

@@ -3,7 +3,7 @@
 from rich.console import Console
 from rich.table import Table
 
-from .plots import LABELS, number
+from .plots import called, number
 
 
 def rows(report: dict) -> list[dict]:
@@ -12,12 +12,12 @@ def rows(report: dict) -> list[dict]:
     result = [_row("dense", {**dense, "sparsity": 0.0}, dense.get("bytes"))]
     for name, stages in report.get("baselines", {}).items():
         for stage, values in stages.items():
-            label = "one-shot" if stage == "oneshot" else stage
-            result.append(_row(f"{LABELS.get(name, name)}, {label}", values))
+            when = "one-shot" if stage == "oneshot" else stage
+            result.append(_row(f"{called(report, name)}, {when}", values))
     stages = report.get("mama_stages", {})
-    for key, label in (("oneshot", "MAMA, one-shot"), ("grpo", "MAMA, after GRPO")):
+    for key, text in (("oneshot", "MAMA, one-shot"), ("grpo", "MAMA, after GRPO")):
         if key in stages:
-            result.append(_row(label, {"sparsity": pruned["sparsity"], **stages[key]}))
+            result.append(_row(text, {"sparsity": pruned["sparsity"], **stages[key]}))
     result.append(_row("MAMA, distilled", pruned, pruned.get("bytes_packed")))
     return result
 

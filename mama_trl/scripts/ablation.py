@@ -20,53 +20,51 @@ def make_parser():
 
 
 def variants(setting, targets, rows, batch_size: int) -> list[tuple[str, str, dict]]:
-    """(part, name, options of `prune` but for the sparsity) for one draw of calibration tokens; the model is dense.
+    """(part, name, options of `prune` but for the sparsity) for one draw of sequences; the model is dense."""
+    from dataclasses import replace
+    from functools import partial
 
-    `options["budget_scores"]` stands for a budget by these scores, which depends on the sparsity, and
-    `options["indicators"]` for a function that gives further options, to be called when the model is dense.
-    """
     from ..config import REDISTRIBUTIONS
     from ..indicators.calibration_gradients import sensitivities
     from ..indicators.combine import weights_and_biases
-    from ..indicators.recorded import indicator_options, recorded
+    from ..indicators.recorded import recorded
+    from ..indicators.source import StoredScores
+    from ..solvers.methods import METHODS, solve_mama
 
-    statistics = recorded(setting.source, setting.model, targets)
+    mama = METHODS["mama"]
+    without_exchanges = replace(mama, solve=partial(solve_mama, exchanges=False))
+    left = recorded(setting.source, setting.model, targets)
     scores = {"sensitivity": sensitivities(setting.model, rows[::8], targets, batch_size)}
-    scores |= {name: values for name, values in statistics.items() if name != "sensitivity"}
-    if "reward" in statistics:
-        scores["weights and biases"] = {
-            t.name: weights_and_biases(t.matrix, t.bias) for t in targets
-        }
+    scores |= {name: values for name, values in left.items() if name != "sensitivity"}
 
-    def by(names) -> dict:
+    def by(names, found=None) -> dict:
         # Exchanges know nothing of indicators: without them everywhere, only the indicator differs.
-        # Computed when asked for: factors of all variants at once would fill the memory.
-        weights = {name: 1.0 for name in names}
-        return {"indicators": lambda: indicator_options(targets, scores, weights), "exchanges": False}
+        return {"indicators": names, "scores": found or StoredScores(scores), "method": without_exchanges}
 
-    every = ["magnitude", "activation", *(n for n in scores if n != "weights and biases")]
+    every = ["magnitude", "activation", *scores]
     found = [("one indicator alone", name, by([name])) for name in every]
     found.append(("one of all taken away", "all", by(every)))
     found += [("one of all taken away", f"without {name}", by([n for n in every if n != name])) for name in every]
     biased = any(t.bias is not None for t in targets)
     found += [
-        ("redistribution", mode, {"redistribution": mode})
-        for mode in REDISTRIBUTIONS if mode != "bias" or biased
+        ("redistribution", mode, {"redistribution": mode}) for mode in REDISTRIBUTIONS if mode != "bias" or biased
     ]
     found += [
         ("steps", "mama", {}),
-        ("steps", "without exchanges", {"exchanges": False}),
-        ("steps", "own outputs as goals", {"dense_goals": False}),
-        ("budget", "sensitivity", {}),
+        ("steps", "without exchanges", {"method": without_exchanges}),
+        ("steps", "own outputs as goals", {"method": replace(mama, solve=partial(solve_mama, goals=False))}),
+        ("budget", "gradients", {}),
         ("budget", "uniform", {"budget": "uniform"}),
     ]
-    if "sensitivity" in statistics:
-        found.append(("budget", "sensitivity of the run", {"budget_scores": statistics["sensitivity"]}))
-    if "reward" in statistics:
+    if "sensitivity" in left:
+        found.append(("budget", "sensitivity of the run", {"budget": "sensitivity", "scores": StoredScores(left)}))
+    if "reward" in left:
+        # The paper's fixed indicator takes the reward's place, in all else alike.
+        fixed = StoredScores({"reward": {t.name: weights_and_biases(t.matrix, t.bias) for t in targets}})
         found += [
-            ("budget", "reward", {"budget_scores": statistics["reward"]}),
-            ("budget", "weights and biases", {"budget_scores": scores["weights and biases"]}),
-            ("fixed against reward", "weights and biases", by(["weights and biases"])),
+            ("budget", "reward", {"budget": "reward", "scores": StoredScores(left)}),
+            ("budget", "weights and biases", {"budget": "reward", "scores": fixed}),
+            ("fixed against reward", "weights and biases", by(["reward"], fixed)),
             ("fixed against reward", "reward", by(["reward"])),
         ]
     return found
@@ -78,8 +76,8 @@ def main(args) -> dict:
     from ..compare.comparison import Comparison
     from ..compare.tables import write_comparison
     from ..compare.trial import summarise, trial
+    from ..config import RECORDED_BUDGETS, default_blend
     from ..model.targets import find_targets
-    from ..selection.allocation import default_blend, shared_by
     from .levels import parse_levels
 
     levels = parse_levels(args.levels)
@@ -95,14 +93,8 @@ def main(args) -> dict:
         for level in levels:
             plain = None  # MAMA as it is stands in several parts and is measured once
             for part, name, options in plans:
-                options = dict(options)
-                indicators = options.pop("indicators", None)
-                if indicators is not None:
-                    setting.restore()
-                    options |= indicators()
-                scores = options.pop("budget_scores", None)
-                if scores is not None:
-                    options["layer_sparsity"] = shared_by(scores, targets, level, default_blend(level))
+                if options.get("budget") in RECORDED_BUDGETS:  # blended as the default is: only the scores differ
+                    options = {**options, "budget_blend": default_blend("gradients", level)}
                 asked = bool(options) and options != {"redistribution": "least_squares"}
                 if asked or plain is None:
                     found = trial(

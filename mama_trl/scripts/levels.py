@@ -14,10 +14,7 @@ CSV and JSON (every trial, and means and deviations over the seeds) and a plot."
 def make_parser():
     parser = CommandParser("levels", DESCRIPTION)
     parser.add_comparison(LEVELS)
-    parser.add_argument(
-        "--methods", default="magnitude,wanda,sparsegpt,alps,mama",
-        help="methods (default magnitude,wanda,sparsegpt,alps,mama)",
-    )
+    parser.add_argument("--methods", metavar="NAMES", help="names with commas (default: all of `mama prune --methods`)")
     parser.add_argument("--pattern", default="unstructured", help="unstructured (default), or N:M (sets the level)")
     parser.add_measuring()
     return parser
@@ -42,10 +39,11 @@ def main(args) -> dict:
     from ..compare.tables import write_comparison
     from ..compare.trial import summarise, trial
     from ..config import check_choice, parse_pattern
-    from ..pruning.prune import METHODS
+    from ..solvers.methods import METHODS
 
     levels = parse_levels(args.levels)
-    methods = list(dict.fromkeys(check_choice(name.strip(), METHODS, "methods") for name in args.methods.split(",")))
+    names = args.methods.split(",") if args.methods is not None else METHODS
+    methods = list(dict.fromkeys(check_choice(name.strip(), tuple(METHODS), "methods") for name in names))
     group = parse_pattern(args.pattern)
     if group:
         levels = [1.0 - group[0] / group[1]]

@@ -2,7 +2,9 @@
 
 import argparse
 import math
+from dataclasses import MISSING, fields
 
+from ..config import PruningOptions
 from ..errors import MamaError
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
@@ -26,6 +28,17 @@ class CommandParser(argparse.ArgumentParser):
         self.add_argument("--batch_size", type=positive, default=8, help="blocks at once (default 8)")
         self.add_argument("--dtype", default="auto", choices=DTYPES, help="how to load the weights (default: as saved)")
 
+    def add_options(self) -> None:
+        """One flag for each field of `PruningOptions`, with its help and default; see `options_of`."""
+        for option in fields(PruningOptions):
+            listed = "list" in str(option.type)
+            default = None if option.default is MISSING else option.default
+            said = f" (default {default})" if default is not None else ""
+            self.add_argument(
+                f"--{option.name}", nargs="+" if listed else None, type=share if "float" in str(option.type) else str,
+                metavar=option.name.rsplit("_", 1)[-1].upper(), help=option.metadata["help"].replace("%", "%%") + said,
+            )
+
     def add_calibration(self) -> None:
         """The options of every command that draws calibration tokens."""
         self._add_draw()
@@ -48,6 +61,12 @@ class CommandParser(argparse.ArgumentParser):
             help="tokens drawn (default 32768); method mama reads about half of them, which it goes through twice",
         )
         self.add_argument("--overwrite", action="store_true", help="replace files in a folder that holds something")
+
+
+def options_of(args, **changes):
+    """The `PruningOptions` of parsed arguments: flags that were given, else the fields' own defaults."""
+    given = {option.name: getattr(args, option.name) for option in fields(PruningOptions)}
+    return PruningOptions(**{**{name: value for name, value in given.items() if value is not None}, **changes})
 
 
 def positive(text: str) -> int:

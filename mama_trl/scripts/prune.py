@@ -1,9 +1,11 @@
 """`mama prune`: one-shot pruning of a saved model."""
 
-from ..folders import check_output_dir, remove_model_files
-from .parser import CommandParser, share
+import argparse
 
-LEFT_BUDGETS = ("reward", "curvature")
+from ..config import check_choice, check_sparsity
+from ..errors import MamaError
+from ..folders import check_output_dir, remove_model_files
+from .parser import CommandParser, options_of
 
 DESCRIPTION = """Prune a saved model without training it, block by block.
 
@@ -15,39 +17,29 @@ while it runs: after a kill the same command goes on from there.
 
   mama prune MODEL --pattern neurons --sparsity 0.5 --calibration text.txt --output smaller
 
-removes the same share of MLP neurons (or heads) from every layer: OUTPUT is a smaller dense model without masks."""
+removes the same share of MLP neurons (or heads) from every layer: OUTPUT is a smaller dense model without masks.
+Indicators and budgets other than magnitude, activation, uniform and gradients are read from what a training run left
+beside MODEL: statistics in MODEL/mama, Adam's second moments in a checkpoint's optimizer.pt."""
+STRUCTURES = ("heads", "neurons")
+
+
+class ListMethods(argparse.Action):
+    """`--methods`: prints what each method does and needs, and ends."""
+
+    def __call__(self, parser, *_):
+        from ..solvers.methods import overview
+
+        print(overview())
+        parser.exit()
 
 
 def make_parser():
     parser = CommandParser("prune", DESCRIPTION)
     parser.add_argument("model", metavar="MODEL", help="model folder or hub id")
     parser.add_argument("--output", required=True, metavar="DIR", help="folder for the pruned model")
-    parser.add_argument("--sparsity", type=share, default=0.5, help="pruned share, in [0, 1) (default 0.5)")
-    parser.add_argument(
-        "--method", default="mama",
-        help="mama (default: mask and redistribution together), magnitude, wanda, sparsegpt, alps",
-    )
-    parser.add_argument(
-        "--budget",
-        help="sparsity of each matrix: uniform; sensitivity, one pass of gradients (default for mama); reward or "
-        "curvature, as a training run left them beside MODEL",
-    )
-    parser.add_argument(
-        "--indicators", nargs="+", metavar="NAME",
-        help="for mama: which connections to keep: activation (default), magnitude, or sensitivity, movement, reward "
-        "and curvature, as a training run left them beside MODEL; name=weight weighs one against the others",
-    )
-    parser.add_argument(
-        "--redistribution", default="least_squares",
-        help="for mama: where the pruned connections' values go: least_squares (default), bias, mean, none",
-    )
-    parser.add_argument(
-        "--pattern", default="unstructured", help="unstructured (default), N:M such as 2:4, or whole: neurons, heads"
-    )
-    parser.add_argument(
-        "--scope", default="matrix",
-        help="for mama: where connections compete, within a matrix (default) or each output row",
-    )
+    parser.add_argument("--method", default="mama", help="how: mama (default) or another of --methods")
+    parser.add_argument("--methods", nargs=0, action=ListMethods, help="list the methods and what each needs, and end")
+    parser.add_options()
     parser.add_argument(
         "--calibration", metavar="FILE",
         help="text to measure activations on: .txt, .jsonl with `text`, or a datasets name; only magnitude needs none",
@@ -58,40 +50,88 @@ def make_parser():
 
 
 def main(args) -> None:
-    from ..config import REDISTRIBUTIONS, check_choice, check_sparsity, parse_indicators, parse_pattern
-    from ..errors import MamaError
-    from ..evaluation.loading import check_model_source, load_model, load_tokenizer, sequence_length
-    from ..evaluation.text import calibration_rows
-    from ..masks.maskset import MaskSet
-    from ..pruning.prune import BUDGETS, METHODS, SCOPES, prune
-    from ..pruning.resume import Unfinished
-    from ..pruning.structures.remove import STRUCTURE_METHODS, prune_structures
-    from ..pruning.structures.units import STRUCTURES
+    if args.pattern in STRUCTURES:
+        remove_structures(args)
+    else:
+        prune_connections(args)
 
-    check_sparsity(args.sparsity)
-    whole = args.pattern in STRUCTURES
-    check_choice(args.method, STRUCTURE_METHODS if whole else METHODS, "method")
-    check_choice(args.scope, SCOPES, "scope")
-    if args.budget is not None:
-        check_choice(args.budget, (*BUDGETS, *LEFT_BUDGETS), "budget")
-    check_choice(args.redistribution, REDISTRIBUTIONS, "redistribution")
-    weights = parse_indicators(args.indicators or ["activation"])
-    if (args.indicators or args.redistribution != "least_squares") and (whole or args.method != "mama"):
-        raise MamaError(
-            "`indicators` and `redistribution` are for method mama, and not for whole structures: leave them out."
-        )
-    if not whole:
-        parse_pattern(args.pattern)
-    if args.scope == "row" and (whole or args.method != "mama"):
-        raise MamaError("`scope` is 'row', which only method mama takes, and no pattern of whole structures.")
+
+def prune_connections(args) -> None:
+    from ..evaluation.loading import check_model_source, load_model
+    from ..indicators.combine import Criterion
+    from ..indicators.recorded import recorded
+    from ..indicators.source import StoredScores
+    from ..model.targets import find_targets
+    from ..pruning.placement import LocalPlacement
+    from ..pruning.prune import check_method, check_scores, prune
+    from ..pruning.resume import KeptProgress
+    from ..solvers.methods import METHODS
+
+    options = options_of(args)
+    method = METHODS[check_choice(args.method, tuple(METHODS), "method")]
+    check_method(options, method, args.calibration is not None)
     check_model_source(args.model)
-    if args.calibration is None and (whole or args.method != "magnitude" or args.budget == "sensitivity"):
-        raise MamaError(f"`calibration` is missing: {args.method} measures activations on a text; give a file.")
-    if whole and MaskSet.load(args.model) is not None:
+    unfinished, tokenizer, rows = _begin(args)
+    model = load_model(args.model, args.dtype)
+    targets = find_targets(model, options.target_modules, options.exclude_modules, experts=True)
+    needed = Criterion(options.weights).sourced or options.budget not in (None, "uniform", "gradients")
+    scores = StoredScores(recorded(args.model, model, targets) if needed else {})
+    check_scores(options, method, scores, allocated=False)
+    progress = True
+    if rows is not None:
+        _announce(unfinished, model, rows)
+        progress = KeptProgress(f"prune ({method.label})", unfinished)
+    masks = prune(
+        model, rows, method, scores=scores, placement=LocalPlacement(targets), batch_size=args.batch_size,
+        progress=progress, **vars(options),
+    )
+    output = _save(model, tokenizer, args.output)
+    masks.save(output)
+    unfinished.remove()
+    print(f"{masks.sparsity():.2%} of the prunable weights are zero ({args.method}, {options.pattern}): {output}")
+
+
+def remove_structures(args) -> None:
+    from ..evaluation.loading import check_model_source, load_model
+    from ..masks.maskset import MaskSet
+    from ..pruning.resume import KeptProgress
+    from ..pruning.structures.remove import STRUCTURE_METHODS, prune_structures
+
+    sparsity = check_sparsity(0.5 if args.sparsity is None else args.sparsity)
+    check_choice(args.method, STRUCTURE_METHODS, "method")
+    options = options_of(args, pattern="unstructured")
+    for name in ("scope", "indicators", "budget", "budget_blend", "target_modules", "exclude_modules"):
+        if getattr(args, name) is not None:
+            raise MamaError(
+                f"`{name}` is {getattr(args, name)!r}, which removing whole {args.pattern} does not take: leave it out."
+            )
+    check_model_source(args.model)
+    if args.calibration is None:
+        raise MamaError(f"`calibration` is missing: pattern {args.pattern} measures activations: give a text file.")
+    if MaskSet.load(args.model) is not None:
         raise MamaError(
             f"{args.model} has masks, which do not fit a model with fewer {args.pattern}: remove whole structures "
             "first, from the dense model, and single connections after."
         )
+    unfinished, tokenizer, rows = _begin(args)
+    model = load_model(args.model, args.dtype)
+    _announce(unfinished, model, rows)
+    dense = model.num_parameters()
+    small = prune_structures(
+        model, rows, args.pattern, sparsity, args.method, options.redistribution, batch_size=args.batch_size,
+        seed=args.seed, progress=KeptProgress(f"prune {args.pattern} ({args.method})", unfinished),
+    )
+    output = _save(small, tokenizer, args.output)
+    unfinished.remove()
+    print(f"{small.num_parameters():,} of {dense:,} parameters stay ({args.method}, {args.pattern}): {output}")
+
+
+def _begin(args):
+    """(what an earlier call left, tokenizer, calibration sequences or None), all checks of folders done."""
+    from ..evaluation.loading import load_tokenizer, sequence_length
+    from ..evaluation.text import calibration_rows
+    from ..pruning.resume import Unfinished
+
     output = check_output_dir(args.output, args.overwrite or Unfinished.exists(args.output), args.model)
     unfinished = Unfinished(output, _command(args), args.overwrite)
     tokenizer = load_tokenizer(args.model)
@@ -99,65 +139,22 @@ def main(args) -> None:
     if args.calibration is not None:
         length = sequence_length(args.model, args.sequence_length)
         rows = calibration_rows(tokenizer, args.calibration, length, args.calibration_tokens, args.seed)
-    model = load_model(args.model, args.dtype)
-    options = {} if whole else _from_training(args, model, weights)
-    if rows is not None:
-        unfinished.begin(model, rows)
-        if unfinished.blocks:
-            print(f"going on after {unfinished.blocks} finished blocks that {output} holds")
-    if whole:
-        dense = model.num_parameters()
-        small = prune_structures(
-            model, rows, args.pattern, args.sparsity, args.method, batch_size=args.batch_size, seed=args.seed,
-            unfinished=unfinished,
-        )
-        _save(small, tokenizer, output)
-        unfinished.remove()
-        print(f"{small.num_parameters():,} of {dense:,} parameters stay ({args.method}, {args.pattern}): {output}")
-        return
-    masks = prune(
-        model, rows, args.method, args.sparsity, args.pattern, batch_size=args.batch_size,
-        unfinished=None if rows is None else unfinished, scope=args.scope, redistribution=args.redistribution,
-        **options,
-    )
-    _save(model, tokenizer, output)
-    masks.save(output)
-    unfinished.remove()
-    print(f"{masks.sparsity():.2%} of the prunable weights are zero ({args.method}, {args.pattern}): {output}")
+    return unfinished, tokenizer, rows
 
 
-def _from_training(args, model, weights: dict[str, float]) -> dict:
-    """`budget` and indicators as options of `prune`, read from what a training run left beside the model."""
-    from ..errors import MamaError
-    from ..indicators.recorded import indicator_options, recorded
-    from ..model.targets import find_targets
-    from ..selection.allocation import default_blend, shared_by
-
-    options = {"budget": args.budget}
-    if args.budget not in LEFT_BUDGETS and not args.indicators:
-        return options
-    targets = find_targets(model, experts=True)
-    scores = recorded(args.model, model, targets)
-    if args.indicators:
-        options |= indicator_options(targets, scores, weights)
-    if args.budget in LEFT_BUDGETS:
-        if args.budget not in scores:
-            raise MamaError(
-                f"`budget` is {args.budget!r}, which no training run left beside {args.model}: use uniform or "
-                "sensitivity."
-            )
-        options["budget"] = "uniform"
-        if args.pattern == "unstructured":
-            blend = default_blend(args.sparsity)
-            options["layer_sparsity"] = shared_by(scores[args.budget], targets, args.sparsity, blend)
-    return options
+def _announce(unfinished, model, rows) -> None:
+    unfinished.begin(model, rows)
+    if unfinished.blocks:
+        print(f"going on after {unfinished.blocks} finished blocks that {unfinished.folder.parent} holds")
 
 
-def _save(model, tokenizer, output) -> None:
+def _save(model, tokenizer, output):
+    output = check_output_dir(output, overwrite=True)
     output.mkdir(parents=True, exist_ok=True)
     remove_model_files(output)
     model.save_pretrained(output)
     tokenizer.save_pretrained(output)
+    return output
 
 
 def _command(args) -> dict:

@@ -5,7 +5,6 @@ from typing import Optional
 from torch import Tensor
 
 from ..engines import ranks
-from ..model.targets import Target
 from .threshold import find_threshold, kept_count, kept_counts
 
 
@@ -70,23 +69,17 @@ def _count(density: float, size: int, floor: int) -> int:
     return max(floor, min(size, round(density * size)))
 
 
-def default_blend(sparsity: float) -> float:
-    """Share of the sensitivity budget: 0.6 up to sparsity 0.95, from there falling to 0 at 0.99.
+def allocate(
+    scores: list[Tensor], sizes: list[int], sparsity: float, blend: float, group: ranks.Group = None
+) -> list[float]:
+    """Sparsity of each matrix: `blend` of what a contest by these scores over the whole model gives, the rest uniform.
 
-    Gradients of the dense model speak for models near it. Chosen by benchmarks/budget_blend.py, which measures on text
-    that no other benchmark uses: on average over three models 0.6 was within 3 % of each one's best share up to 0.95;
-    at 0.99 any share lost on one of them.
+    The number of kept connections is that of a uniform allocation.
+
+    Args:
+        scores: of each matrix, any shape, one dtype; with a `group` what this rank owns of it.
+        sizes: connections of each whole matrix.
     """
-    return max(0.0, min(0.6, 15.0 * (0.99 - sparsity)))
-
-
-def shared_by(
-    scores: dict[str, Tensor], targets: list[Target], sparsity: float, blend: float
-) -> dict[str, float]:
-    """Sparsity by target name: `blend` of what a contest by these scores over the whole model gives, the rest uniform.
-
-    The number of kept connections is that of a uniform budget.
-    """
-    densities = global_densities([scores[t.name] for t in targets], sparsity)
-    sizes = [t.shape[0] * t.shape[1] for t in targets]
-    return dict(zip([t.name for t in targets], blended(sizes, densities, sparsity, blend)))
+    if blend == 0:
+        return uniform(sizes, sparsity)
+    return blended(sizes, global_densities(scores, sparsity, sizes, group), sparsity, blend)

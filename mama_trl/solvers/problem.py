@@ -1,19 +1,20 @@
-"""One layer's pruning problem."""
+"""The layer problem: what a method is given of one matrix, and what it gives back. Tensors and numbers only."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Optional
 
 import torch
 from torch import Tensor
 
-from ..selection.patterns import matrix_mask
-from .mama import mama
-from .redistribution import bias_shift, mean
+from ..indicators.combine import Criterion
 
 
 @dataclass
 class Gram:
-    """Statistics of one layer's inputs X (tokens, in), fp32: `gram` Xᵀ X (in, in) and `total` Σ x (in,)."""
+    """Statistics of one layer's inputs X (tokens, in), fp32: `gram` Xᵀ X (in, in) and `total` Σ x (in,).
+
+    The gram is SparseGPT's Hessian of the layer's squared error up to a factor: their H is 2 Xᵀ X over the tokens.
+    """
 
     gram: Tensor
     total: Tensor
@@ -66,52 +67,39 @@ class Goal:
 
 
 @dataclass
+class LayerProblem:
+    """One matrix to prune: min over W' of ‖X W'ᵀ − Y‖² with a given number of non-zeros, or what a method makes of it.
+
+    Args:
+        weight: (out, in) fp32.
+        bias: (out,) fp32, or None.
+        sparsity: pruned share of the matrix.
+        nm: (N, M) pattern, which goes before the sparsity; None = unstructured.
+        by_row: the same number kept in each output row, instead of where the matrix needs them.
+        inputs: statistics of the inputs that the pruned layers before this one compute; None where the method needs
+            none.
+        goal: what the layer should put out (bias included); None = what its dense weight makes of these inputs.
+        redistribution: none, mean, bias or least_squares.
+        criterion: by which connections are judged.
+        scores: (out, in) by name of each indicator that the criterion takes from a source.
+    """
+
+    weight: Tensor
+    bias: Optional[Tensor] = None
+    sparsity: float = 0.5
+    nm: Optional[tuple[int, int]] = None
+    by_row: bool = False
+    inputs: Optional[Gram] = None
+    goal: Optional[Goal] = None
+    redistribution: str = "least_squares"
+    criterion: Criterion = Criterion({"activation": 1.0})
+    scores: dict[str, Tensor] = field(default_factory=dict)
+
+
+@dataclass
 class Solution:
     """One solved matrix: `weight` fp32 (out, in), bool `mask` (out, in), the new bias (out,) or None if it stays."""
 
     weight: Tensor
     mask: Tensor
     bias: Optional[Tensor] = None
-
-
-def solve_mama(
-    weight: Tensor,
-    bias: Optional[Tensor],
-    gram: Gram,
-    goal: Optional[Goal],
-    sparsity: float,
-    group: Optional[tuple[int, int]],
-    redistribution: str,
-    importance: Optional[Tensor] = None,
-    exchanges: bool = True,
-    by_row: bool = False,
-) -> tuple[Tensor, Tensor, Optional[Tensor]]:
-    """One matrix by MAMA; a pure function of tensors.
-
-    Args:
-        weight: (out, in) fp32.
-        bias: (out,) fp32 or None.
-        gram: statistics of the inputs that the pruned layers before it compute.
-        goal: what the layer should put out (bias included); None = what its dense weight makes of these inputs.
-
-    Returns:
-        (new weight, bool mask (out, in), new bias or None where there is none or it stays).
-    """
-    if redistribution != "least_squares":
-        score = weight.abs() * gram.norm
-        mask = matrix_mask(score if importance is None else score * importance, sparsity, group, by_row)
-        new = mean(weight, mask) if redistribution == "mean" else weight * mask
-        if redistribution == "bias" and bias is not None:
-            return new, mask, bias + bias_shift(weight, new, gram.mean)
-        return new, mask, None
-    how = {"exchanges": exchanges, "by_row": by_row}
-    cross = None if goal is None else goal.cross
-    if bias is None:
-        new, mask = mama(weight, gram.gram, sparsity, group, importance, cross=cross, **how)
-        return new, mask, None
-    # A bias takes up the mean for free, so only the deviations from it are left to fit.
-    wanted = weight @ gram.mean + bias if goal is None else goal.total / max(gram.tokens, 1)
-    if cross is not None:
-        cross = cross - wanted.outer(gram.total)
-    new, mask = mama(weight, gram.centred, sparsity, group, importance, cross=cross, **how)
-    return new, mask, wanted - new @ gram.mean

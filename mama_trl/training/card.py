@@ -2,6 +2,8 @@
 
 from pathlib import Path
 
+from ..config import MamaConfig
+
 HEADING = "## Pruning"
 
 
@@ -36,3 +38,30 @@ def write_card(folder: str | Path, facts: dict) -> None:
     path = Path(folder) / "mama" / "README.md"
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(card_text(facts), encoding="utf-8")
+
+
+class CardFacts:
+    """The numbers of the last evaluation, and what a model card tells beside them."""
+
+    def __init__(self):
+        self._numbers: dict = {}
+        self._protocol = ""
+
+    def take(self, args, state, metrics: dict | None) -> None:
+        """Keeps an evaluation's numbers."""
+        length = getattr(args, "max_length", None)
+        self._protocol = f"evaluated at step {state.global_step}" + (f", sequences of {length}" if length else "")
+        self._numbers = {key: value for key, value in (metrics or {}).items() if isinstance(value, (int, float))}
+
+    def of(self, config: MamaConfig, sparsity: float, stage: str) -> dict:
+        """Sparsity, pattern, how it was pruned, and the last evaluation's numbers."""
+        return {
+            "sparsity": sparsity,
+            "pattern": config.pattern,
+            "indicators": ", ".join(config.indicators),
+            "budget": config.allocation,
+            "redistribution": config.redistribution,
+            "stage": stage,
+            "protocol": self._protocol,
+            "numbers": self._numbers,
+        }

@@ -16,7 +16,7 @@ class PruningCard:
 
     def log(self, logs: dict, *args, **kwargs):
         """The sparsity joins the Trainer's own logs, so that every reporting integration sees it."""
-        if self.mama.trajectory is not None:
+        if self.mama.run is not None:
             logs.update(self.mama.metrics())
         super().log(logs, *args, **kwargs)
 

@@ -9,6 +9,7 @@ from typing import Any, Iterator, Mapping, Optional, get_args, get_origin
 from ..config import MamaConfig
 from ..errors import MamaError, first_line, shown
 from ..fields import LARGEST, Choices, Range, check_fields, hints_of
+from .schedule import Schedule
 
 _COUNT = Range(1, LARGEST)
 _NOT_NEGATIVE = Range(0)
@@ -126,14 +127,8 @@ def _check_json(cls: type, declared: Field, value: Any) -> None:
 
 def check_schedule(config: MamaConfig, steps: Optional[int]) -> None:
     """Raises `MamaError` if a mask update would come after the end of a run of `steps` steps; None is not known yet."""
-    if config.sparsity == 0 or config.mask_schedule == "hold" or not steps or steps < 1:
-        return
-    for name in ("mask_start",) if config.mask_schedule == "oneshot" else ("mask_start", "mask_end"):
-        if getattr(config, name) > max(steps, 1) and getattr(config, name) >= 1:
-            raise MamaError(
-                f"`{name}` is {getattr(config, name):g}, after the run's last step ({steps}), so that its masks would "
-                "never be computed: let the run be longer, or give a fraction such as 0.1."
-            )
+    if steps and steps > 0:
+        Schedule.resolve(config.mask_schedule, config.sparsity, config.start, config.end, config.interval, steps)
 
 
 def check_buildable(args: Any) -> None:

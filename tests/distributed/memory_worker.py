@@ -39,12 +39,12 @@ def main(options: dict) -> None:
     trainer.train()
     config = MamaConfig(sparsity=0.8, budget="uniform", redistribution="least_squares", indicators=["activation"])
     own = rows[rank * 2 : rank * 2 + 2]
-    update = Update(mama._model, mama.targets, mama._shards, config, mama.trajectory, trainer.optimizer, own)
+    update = Update(mama.run.model, mama.run.targets, mama.run.shards, config, mama.trajectory, trainer.optimizer, own)
     prune(tiny("llama"), rows, progress=False)  # what libraries load and allocate at their first call is not ours
     with torch.no_grad(), PeakMemory() as memory:
         masks = update_masks(update, 0.8)
     result = {
-        "engine": mama.engine, "extra": memory.extra, "model": size, "block": block, "violations": masks.verify(),
+        "engine": mama.run.engine, "extra": memory.extra, "model": size, "block": block, "violations": masks.verify(),
         "widest": 4 * SHAPE["intermediate_size"] * (SHAPE["intermediate_size"] + SHAPE["hidden_size"]),
         "masks": sum(bits.numel() for bits in masks.bits.values()),
     }

@@ -62,7 +62,7 @@ def world() -> int:
 
 def whole_statistics(mama) -> dict:
     found = {}
-    for name, shard in mama._shards.items():
+    for name, shard in mama.run.shards.items():
         whole = torch.zeros(shard.numel)
         whole[shard.start : shard.start + shard.length] = mama.trajectory.flat("sensitivity", name).float()
         found[name] = ranks.total(whole, shard.group)
@@ -102,9 +102,9 @@ def main(options: dict) -> None:
     if options.get("poison"):
         poison(trainer, mama, options["poison"])
     trainer.train(resume_from_checkpoint=options.get("resume"))
-    parameter = next(iter(mama._shards.values())).parameter
+    parameter = next(iter(mama.run.shards.values())).parameter
     result = {
-        "engine": mama.engine, "parameter": type(parameter).__name__, "world": world(), "rank": rank,
+        "engine": mama.run.engine, "parameter": type(parameter).__name__, "world": world(), "rank": rank,
         "ds_id": hasattr(parameter, "ds_id"), "fragment": hasattr(parameter, "_hp_mapping"),
         "wrapped": type(trainer.model_wrapped).__name__, "digest": mama.masks and mama.masks.digest(),
         "sparsity": mama.sparsity, "violations": watch.violations, "checked": watch.checked,
@@ -123,7 +123,7 @@ def main(options: dict) -> None:
 
 def every_shard(mama) -> list:
     """Of all parameters, in the same order on every rank: the calibration reads embeddings and norms as well."""
-    return shards_of(sorted(mama._model.named_parameters()))
+    return shards_of(sorted(mama.run.model.named_parameters()))
 
 
 def try_way(reference: Path, trainer, mama, calibration, way) -> dict:
@@ -133,13 +133,13 @@ def try_way(reference: Path, trainer, mama, calibration, way) -> dict:
         shard.write(weights[shard.name].to(shard.master.dtype))
     mama.trajectory.load(reference, resume=True)
     update = Update(
-        mama._model, mama.targets, mama._shards, MamaConfig(sparsity=0.9, **way), mama.trajectory, trainer.optimizer,
-        calibration[int(os.environ.get("RANK", 0)) :: world()],
+        mama.run.model, mama.run.targets, mama.run.shards, MamaConfig(sparsity=0.9, **way), mama.trajectory,
+        trainer.optimizer, calibration[int(os.environ.get("RANK", 0)) :: world()],
     )
     with torch.no_grad():
         masks = update_masks(update, update.config.sparsity)
     flags = {name: masks.whole(name).int().flatten().tolist() for name in masks.names}
-    weights = {name: shard.full().double().norm().item() for name, shard in mama._shards.items()}
+    weights = {name: shard.full().double().norm().item() for name, shard in mama.run.shards.items()}
     return {"kept": masks.kept, "violations": masks.verify(), "flags": flags, "weights": weights}
 
 
@@ -166,7 +166,7 @@ def poison(trainer, mama, what: dict) -> None:
     else:
         import mama_trl.pruning.update as pruning
 
-        select = pruning._select
+        select = pruning.select
 
         def other(update, *args):
             masks = select(update, *args)
@@ -174,7 +174,7 @@ def poison(trainer, mama, what: dict) -> None:
             first.bitwise_not_()
             return masks
 
-        pruning._select = other
+        pruning.select = other
 
 
 if __name__ == "__main__":

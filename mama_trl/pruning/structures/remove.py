@@ -10,22 +10,19 @@ model is made from a changed config and compared, shape by shape and on real tok
 
 import logging
 from collections import defaultdict
+from contextlib import closing
 from typing import Optional
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from ...calibration.blockwise import blockwise
+from ...calibration.progress import Progress
 from ...config import check_choice, check_sparsity
 from ...errors import MamaError
-from ...model.blocks import find_blocks
-from ...model.targets import Target
 from ...selection.threshold import kept_count
 from ...solvers.groups import solve_structures
-from ...solvers.problem import Gram
 from ..prune import FEWEST_TOKENS
-from ..resume import Unfinished
 from .find import find_units
 from .smaller import nearest_describable
 from .units import STRUCTURES, Unit
@@ -43,8 +40,7 @@ def prune_structures(
     redistribution: str = "least_squares",
     batch_size: int = 8,
     seed: int = 0,
-    progress: bool = True,
-    unfinished: Optional[Unfinished] = None,
+    progress: bool | Progress = True,
 ) -> nn.Module:
     """A smaller model with the same number of heads or neurons removed in every block.
 
@@ -59,7 +55,7 @@ def prune_structures(
         method: `mama`, or the controls `wanda`, `magnitude` and `random` (drawn with `seed`).
         redistribution: `least_squares` (the kept columns refitted, and the mean into a bias where there is one) or
             `none`.
-        unfinished: as in `prune`.
+        progress: as in `prune`.
 
     Returns:
         A new model of the same class, dtype and device.
@@ -87,34 +83,30 @@ def prune_structures(
     generator = torch.Generator().manual_seed(seed)
     drawn = {unit.reader.name: torch.rand(unit.count, generator=generator) for unit in units}
 
-    def visit(own: list[Target], grams: dict[str, Gram]) -> None:
-        for target in own:
-            unit, gram = by_name[target.name], grams.pop(target.name)
-            rare = gram.tokens < min(FEWEST_TOKENS, calibration.numel())
-            if rare:
-                seen_rarely.append(target.name)
-            importance = None
-            if method == "magnitude" or rare:
-                importance = _size_of_structures(unit)
-            elif method == "random":
-                importance = drawn[target.name].to(target.parameter.device)
-            kept, new, shift = solve_structures(
-                target.matrix.float(), gram, unit.size, keep, method, "none" if rare else redistribution,
-                target.bias is not None, importance,
-            )
-            target.matrix.copy_(new)
-            if shift is not None:
-                target.bias.data += shift.to(target.bias.dtype)
-            masks[target.name] = kept.repeat_interleave(unit.size).expand(target.shape)
-        if unfinished:
-            unfinished.store(own, masks)
-
-    bar = tqdm(total=len(find_blocks(model)), desc=f"prune {structure} ({method})", disable=not progress, unit="block")
-    with bar, torch.no_grad():
-        blockwise(
-            model, calibration, [unit.reader for unit in units], visit, batch_size, lambda done, total: bar.update(1),
-            skip=lambda own: unfinished is not None and unfinished.restore(own, masks),
-        )
+    if not isinstance(progress, Progress):
+        progress = Progress(f"prune {structure} ({method})", progress)
+    progress.masks = masks
+    walk = blockwise(model, calibration, [unit.reader for unit in units], progress, batch_size)
+    with torch.no_grad(), closing(progress), closing(walk):
+        for measured in walk:
+            for target in measured.targets:
+                unit, gram = by_name[target.name], measured.grams.pop(target.name)
+                rare = gram.tokens < min(FEWEST_TOKENS, calibration.numel())
+                if rare:
+                    seen_rarely.append(target.name)
+                importance = None
+                if method == "magnitude" or rare:
+                    importance = _size_of_structures(unit)
+                elif method == "random":
+                    importance = drawn[target.name].to(target.parameter.device)
+                kept, new, shift = solve_structures(
+                    target.matrix.float(), gram, unit.size, keep, method, "none" if rare else redistribution,
+                    target.bias is not None, importance,
+                )
+                target.matrix.copy_(new)
+                if shift is not None:
+                    target.bias.data += shift.to(target.bias.dtype)
+                masks[target.name] = kept.repeat_interleave(unit.size).expand(target.shape)
     if seen_rarely:
         logger.warning(
             "%d of %d experts saw fewer than %d calibration tokens: their %s were chosen by magnitude and nothing was "

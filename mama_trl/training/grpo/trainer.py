@@ -55,7 +55,7 @@ class MamaGRPOTrainer(PruningCard, GRPOTrainer):
 class RewardCallback(MamaCallback):
     """Records only the reward statistic, so that the trajectory of earlier stages stays as it is."""
 
-    updates = ("reward",)
+    recorded_statistics = ("reward",)
     trainer: Optional[GRPOTrainer] = None
 
     def on_masks_updated(self, step: int) -> None:

@@ -1,8 +1,8 @@
 """Calibration in the order in which a block computes, towards what the dense model puts out.
 
 SparseGPT and its kin measure a whole block while it is still dense, and ask each layer to repeat its own dense outputs.
-Here a block is pruned stage by stage: layers that read the same tensor (query, key, value; then the attention's output;
-then gate, up; then down) are one stage, and each stage is measured on inputs that the pruned layers before it
+Here a block is pruned group by group: layers that read the same tensor (query, key, value; then the attention's output;
+then gate, up; then down) are one layer group, and each group is measured on inputs that the pruned layers before it
 computed. A second stream of hidden states runs through the dense blocks beside the pruned one. A layer that writes to
 the residual stream gets as its goal
 
@@ -14,7 +14,7 @@ reads and writes what is found in plan.py.
 """
 
 from contextlib import ExitStack
-from typing import Callable, Optional
+from typing import Callable, Iterator, Optional
 
 import torch
 from torch import Tensor, nn
@@ -22,81 +22,71 @@ from torch import Tensor, nn
 from ..model.blocks import find_blocks
 from ..model.runner import BlockRunner, Stop, experts_one_by_one, inference
 from ..model.targets import Target
-from ..pruning.placement import LocalPlacement
 from ..solvers.problem import Goal, Gram
-from .grams import collect
-from .plan import INPUT, OUTPUT, Stage, plan_stages, segments, silenced, tokens_of
+from .blockwise import measured_outside
+from .grams import Measured, collect
+from .plan import INPUT, OUTPUT, LayerGroup, plan_groups, silenced, startable_segments, tokens_of
+from .progress import Progress
+from .source import BlocksInPlace
 
 PROBE_TOKENS = 32
 
 
-def staged(
+def stagewise(
     model: nn.Module,
-    rows: Tensor,
+    sequences: Tensor,
     targets: list[Target],
-    visit: Callable[[list[Target], dict[str, Gram], dict[str, Goal]], None],
+    progress: Progress,
     batch_size: int = 8,
-    on_block: Optional[Callable[[int, int], None]] = None,
-    skip: Optional[Callable[[list[Target]], bool]] = None,
-    restore: Optional[Callable[[list[Target]], None]] = None,
-    finish: Optional[Callable[[list[Target]], None]] = None,
-    placement: Optional[LocalPlacement] = None,
-) -> None:
-    """Calls `visit(targets, grams, goals)` for each stage of each block, on inputs that pruned layers computed.
+    source: Optional[BlocksInPlace] = None,
+) -> Iterator[Measured]:
+    """Yields grams and goals of each layer group of each block, on inputs that pruned layers compute.
 
     Two hidden states per token are kept, dense and pruned, and for a while one more, all in the model's dtype: the
     inputs of the attention's output layer where the block can be started behind its attention, or else the dense
-    residual stream in the middle of the block. Targets outside every block come last.
+    residual stream in the middle of the block. Targets outside every block come last. To be closed
+    (`contextlib.closing`) where it is not exhausted, so that the model is left as it was.
 
     Args:
-        rows: token ids, int64 (n, sequence_length).
-        visit: prunes the targets it is given; `goals` holds those layers for which there is a goal.
-        on_block: progress; called with (done, total) after each block.
-        skip: called with a block's targets before anything is measured; True = an earlier run has pruned them.
-        restore: writes what that run made of them into the model.
-        finish: called with a block's targets when all of them are pruned.
-        placement: gives each block in a form that this process can run alone; default as it stands in the model.
+        sequences: token ids, int64 (n, sequence_length).
+        progress: a block that it holds is restored instead of measured.
+        source: gives each block in a form that this process can run alone; default as it stands in the model.
     """
-    placement = placement if placement is not None else LocalPlacement()
+    source = source if source is not None else BlocksInPlace()
     blocks = find_blocks(model)
     device = next(model.parameters()).device
-    rows = rows.to(device)
-    batches = rows.split(batch_size)
+    sequences = sequences.to(device)
+    batches = sequences.split(batch_size)
+    progress.begin(len(blocks))
     with inference(model), experts_one_by_one(targets):
-        calls = BlockRunner(model, blocks, placement.may_stop)
-        dense = [calls.first_inputs(batch) for batch in batches]
+        runner = BlockRunner(model, blocks, source.may_stop)
+        dense = [runner.first_inputs(batch) for batch in batches]
         # Its own: what a block is given depends on batch size and length.
-        short = BlockRunner(model, blocks, placement.may_stop)
-        probe = short.first_inputs(placement.same(rows[:1, :PROBE_TOKENS]))
+        short = BlockRunner(model, blocks, source.may_stop)
+        probe = short.first_inputs(source.broadcast_tokens(sequences[:1, :PROBE_TOKENS]))
         pruned = list(dense)
         for index, (name, block) in enumerate(blocks):
             own = [t for t in targets if t.module_name.startswith(name + ".")]
-            block, own = placement.runnable(index, name, block, own)
-            calls.put(index, block)
+            block, own = source.take(index, name, block, own)
+            runner.put(index, block)
             short.put(index, block)
-            done = bool(own and skip and skip(own))
-            stages = plan_stages(block, own, lambda states: short.run(index, states), probe) if own and not done else []
+            done = bool(own) and progress.holds(own)
+            groups = [] if done else plan_groups(block, own, lambda states: short.run(index, states), probe)
             probe = short.run(index, probe)
-            walk = _Walk(block, lambda states: calls.run(index, states), dense, pruned)
+            walk = _Walk(block, lambda states: runner.run(index, states), dense, pruned)
             with ExitStack() as behind:
-                for segment in segments(stages):
-                    walk.through(segment, visit, (lambda: restore(own)) if done else None)
+                for segment in startable_segments(groups):
+                    yield from walk.through(segment, (lambda: progress.restore(own)) if done else None)
                     if segment and segment[-1].whole is not None:
                         behind.enter_context(silenced(segment[-1].whole))
-            if own and not done and finish:
-                finish(own)
-            placement.release(index)
-            if on_block:
-                on_block(index + 1, len(blocks))
+            if own and not done:
+                progress.finish(own)
+            source.release(index)
+            progress.advance()
         dense.clear()
         pruned.clear()
         outside = [t for t in targets if t.block is None]
-        if outside and skip and skip(outside):
-            restore(outside)
-        elif outside:
-            visit(outside, collect(model, outside, lambda: [model(input_ids=b, use_cache=False) for b in batches]), {})
-            if finish:
-                finish(outside)
+        yield from measured_outside(model, batches, outside, progress)
 
 
 class _Walk:
@@ -112,10 +102,10 @@ class _Walk:
         self._dense, self._pruned = dense, pruned
         self._at = INPUT
 
-    def through(self, segment: list[Stage], visit, restore: Optional[Callable[[], None]] = None) -> None:
-        """`restore` changes the weights once the dense stream has passed them."""
+    def through(self, segment: list[LayerGroup], restore: Optional[Callable[[], None]] = None) -> Iterator[Measured]:
+        """Yields what is measured of each group; `restore` changes the weights once the dense stream is past them."""
         end = segment[-1] if segment and segment[-1].whole is not None else None
-        # The first stage's inputs need no pruned layer of this segment, so it is measured before the dense stream
+        # The first group's inputs need no pruned layer of this segment, so it is measured before the dense stream
         # moves on: then the stream before the segment need not be kept.
         early = segment and segment[0].writer is None
         found = self._measured(segment[0], {self._at: self._dense}) if early else None
@@ -123,10 +113,10 @@ class _Walk:
         inputs: list[Tensor] = []
         if restore:
             restore()
-        for number, stage in enumerate(segment):
+        for number, group in enumerate(segment):
             if found is None:
-                found = self._measured(stage, streams, inputs if stage is end else None)
-            visit(stage.targets, *found)
+                found = self._measured(group, streams, inputs if group is end else None)
+            yield Measured(group.targets, *found)
             found = None
             later = {place for other in segment[number + 1 :] for place in (other.place, other.source)}
             for place in set(streams) - later:
@@ -140,11 +130,11 @@ class _Walk:
             for i, states in enumerate(self._pruned):
                 self._pruned[i] = self._run(states)
 
-    def _move_dense(self, segment: list[Stage], end: str) -> dict[str, list[Tensor]]:
-        """Moves the dense stream to `end`; its states, by batch, at every place that stages after the first need."""
-        places = {place for stage in segment for place in (stage.place, stage.source) if place}
+    def _move_dense(self, segment: list[LayerGroup], end: str) -> dict[str, list[Tensor]]:
+        """Moves the dense stream to `end`; its states, by batch, at every place that groups after the first need."""
+        places = {place for group in segment for place in (group.place, group.source) if place}
         streams: dict[str, list[Tensor]] = {place: [] for place in places - {self._at, end, OUTPUT}}
-        if any(stage.source == self._at for stage in segment[1:]):  # a parallel block: its MLP reads the same
+        if any(group.source == self._at for group in segment[1:]):  # a parallel block: its MLP reads the same
             streams[self._at] = list(self._dense)
         arrived: list[Tensor] = []
 
@@ -170,29 +160,29 @@ class _Walk:
                 handle.remove()
         return {**streams, end: self._dense}
 
-    def _measured(self, stage: Stage, streams: dict[str, list[Tensor]], kept: Optional[list[Tensor]] = None):
-        return _measure(self._block, stage, self._run, self._pruned, streams, kept)
+    def _measured(self, group: LayerGroup, streams: dict[str, list[Tensor]], kept: Optional[list[Tensor]] = None):
+        return _measure(self._block, group, self._run, self._pruned, streams, kept)
 
 
 def _measure(
     block: nn.Module,
-    stage: Stage,
+    group: LayerGroup,
     run: Callable[[Tensor], Tensor],
     pruned: list[Tensor],
     streams: dict[str, list[Tensor]],
     kept: Optional[list[Tensor]] = None,
 ) -> tuple[dict[str, Gram], dict[str, Goal]]:
-    """(grams, goals) of one stage; each pass over a batch of `pruned` ends as soon as the stage has been seen.
+    """(grams, goals) of one group; each pass over a batch of `pruned` ends as soon as the group has been seen.
 
     The writer's inputs are appended to `kept`.
     """
-    writer, first = stage.writer, stage.targets[0]
+    writer, first = group.writer, group.targets[0]
     seen: dict[str, Tensor] = {}
     goal = pairs = None
     if writer:
         cross = torch.zeros(writer.shape, device=writer.parameter.device)
         goal = Goal(cross, cross.new_zeros(writer.shape[0]))
-    elif stage.norm is not None:
+    elif group.norm is not None:
         pairs = torch.zeros(first.shape[1], first.shape[1], device=first.parameter.device)
         pairs = Goal(pairs, pairs.new_zeros(first.shape[1]))
 
@@ -213,10 +203,10 @@ def _measure(
         handles = []
         if writer:
             handles.append(writer.module.register_forward_hook(silence))
-            if stage.place != OUTPUT:
-                handles.append(block.get_submodule(stage.place).register_forward_pre_hook(arrive))
-        elif stage.last is not None:
-            handles.append(stage.last.register_forward_pre_hook(stop))
+            if group.place != OUTPUT:
+                handles.append(block.get_submodule(group.place).register_forward_pre_hook(arrive))
+        elif group.last is not None:
+            handles.append(group.last.register_forward_pre_hook(stop))
         try:
             for i, states in enumerate(pruned):
                 try:
@@ -226,16 +216,16 @@ def _measure(
                 if kept is not None:
                     kept.append(seen["inputs"])
                 if writer:
-                    wanted = tokens_of(streams[stage.place][i]) - tokens_of(seen["before"])
+                    wanted = tokens_of(streams[group.place][i]) - tokens_of(seen["before"])
                     goal.add(wanted, tokens_of(seen["inputs"]))
                 elif pairs is not None:
-                    wanted = stage.norm(streams[stage.source][i])
+                    wanted = group.norm(streams[group.source][i])
                     pairs.add(tokens_of(wanted), tokens_of(seen["inputs"]))
         finally:
             for handle in handles:
                 handle.remove()
 
-    grams = collect(block, stage.targets, forward)
+    grams = collect(block, group.targets, forward)
     if writer:
         return grams, {writer.name: goal}
     if pairs is None:
@@ -245,5 +235,5 @@ def _measure(
             t.matrix.float(), None if t.bias is None else t.bias.detach().float(), pairs.cross, pairs.total,
             grams[t.name],
         )
-        for t in stage.targets
+        for t in group.targets
     }

@@ -1,0 +1,95 @@
+"""Where a decoder block can run: as it stands in the model, or gathered from the ranks that share its parameters."""
+
+import copy
+from dataclasses import replace
+from typing import Optional
+
+import torch
+from torch import Tensor, nn
+
+from ..engines import ranks
+from ..engines.detect import shard_of
+from ..engines.fsdp2 import plain_class
+from ..engines.shard import Shard
+from ..engines.zero import release_gathered
+from ..model.blocks import find_blocks
+from ..model.targets import Target
+
+
+class BlocksInPlace:
+    """Blocks as they stand in the model of this process."""
+
+    may_stop = True  # whether a forward pass of the model may be ended by an exception
+
+    def broadcast_tokens(self, tokens: Tensor) -> Tensor:
+        """The first rank's `tokens`, on every rank."""
+        return tokens
+
+    def take(self, index: int, name: str, block: nn.Module, own: list[Target]) -> tuple[nn.Module, list[Target]]:
+        """A block that runs without any other rank, and its targets `own`."""
+        return block, own
+
+    def release(self, index: int) -> None:
+        """Frees what `take` has made for this block."""
+
+
+class GatheredBlocks(BlocksInPlace):
+    """Blocks of a model whose parameters ranks share: one block at a time becomes a plain copy on every rank.
+
+    The copy comes from a model built anew on the meta device, without any engine's hooks, since those would run
+    collectives in the middle of one rank's own forward pass. Every method is collective.
+
+    Args:
+        model: the unwrapped model.
+        shards: of the targets' weights and biases, by parameter name.
+        group: all processes.
+    """
+
+    may_stop = False  # an engine's hooks must see every forward pass to its end
+
+    def __init__(self, model: nn.Module, shards: dict[str, Shard], group: ranks.Group):
+        self._model, self._shards, self._group = model, shards, group
+        self._plain: Optional[nn.Module] = None
+
+    def broadcast_tokens(self, tokens: Tensor) -> Tensor:
+        return ranks.from_rank(tokens.clone(), 0, self._group)
+
+    def take(self, index: int, name: str, block: nn.Module, own: list[Target]) -> tuple[nn.Module, list[Target]]:
+        release_gathered(self._model)
+        plain = self._plain_block(index)
+        device = next(iter(self._shards.values())).parameter.device
+        plain.to_empty(device=device)
+        theirs = dict(block.named_parameters())
+        for local, parameter in plain.named_parameters():
+            shard = self._shards.get(f"{name}.{local}") or shard_of(f"{name}.{local}", theirs[local])
+            parameter.data = shard.full().to(device, theirs[local].dtype)
+        for (_, mine), (_, buffer) in zip(plain.named_buffers(), block.named_buffers()):
+            mine.data.copy_(buffer)
+        modules = dict(plain.named_modules())
+        return plain, [replace(t, module=modules[t.module_name[len(name) + 1 :]]) for t in own]
+
+    def _plain_block(self, index: int) -> nn.Module:
+        if self._plain is None:
+            with torch.device("meta"):
+                self._plain = plain_class(self._model)(copy.deepcopy(self._model.config)).eval()
+        return find_blocks(self._plain)[index][1]
+
+    def release(self, index: int) -> None:
+        self._plain_block(index).to_empty(device="meta")
+
+
+class BroadcastBlocks(BlocksInPlace):
+    """Blocks in place on several ranks, each of which holds the whole working weights (DDP, ZeRO-1 and ZeRO-2)."""
+
+    def __init__(self, group: ranks.Group):
+        self._group = group
+
+    def broadcast_tokens(self, tokens: Tensor) -> Tensor:
+        return ranks.from_rank(tokens.clone(), 0, self._group)
+
+
+def blocks_of(model: nn.Module, shards: dict[str, Shard], group: ranks.Group) -> BlocksInPlace:
+    """How the blocks of a training model can run, by what its engine leaves on a rank."""
+    if all(shard.gathered for shard in shards.values()):
+        return BroadcastBlocks(group)
+    return GatheredBlocks(model, shards, group)

@@ -1,0 +1,105 @@
+"""The methods, by name: what each needs of a layer's inputs, and how it solves one layer problem.
+
+The command line's help, tables, plots and docs/baselines.md read this table. A method is added by one line here; one
+that is not worth a line is given to `prune` as a `Method`.
+"""
+
+from dataclasses import dataclass
+from typing import Callable
+
+from ..selection.patterns import matrix_mask
+from . import alps, magnitude, sparsegpt, wanda
+from .mama import mama
+from .problem import LayerProblem, Solution
+from .redistribution import bias_shift, mean
+
+NEEDS = ("nothing", "norm", "gram", "gram and goal")
+
+
+@dataclass(frozen=True)
+class Method:
+    """How one matrix is pruned.
+
+    Args:
+        solve: the layer problem's solution; a pure function of tensors.
+        needs: what it reads of the layer: `nothing` but the weight; the inputs' `norm`; their whole `gram`; or `gram
+            and goal`, for which the layers of a block are measured one after the other, each on inputs that the pruned
+            ones before it compute, with a second stream of hidden states for the dense model's outputs.
+        label: how tables and plots call it.
+        summary: what it does, for the command line's help.
+        budget: the allocation it uses where none is named; published methods share the sparsity uniformly.
+        tunable: whether it takes `scope`, `indicators` and `redistribution`; published methods come as they are.
+    """
+
+    solve: Callable[[LayerProblem], Solution]
+    needs: str
+    label: str
+    summary: str
+    budget: str = "uniform"
+    tunable: bool = False
+
+
+def solve_magnitude(problem: LayerProblem) -> Solution:
+    return Solution(*magnitude.magnitude(problem.weight, problem.sparsity, problem.nm))
+
+
+def solve_wanda(problem: LayerProblem) -> Solution:
+    return Solution(*wanda.wanda(problem.weight, problem.inputs.norm, problem.sparsity, problem.nm))
+
+
+def solve_sparsegpt(problem: LayerProblem) -> Solution:
+    return Solution(*sparsegpt.sparsegpt(problem.weight, problem.inputs.gram, problem.sparsity, problem.nm))
+
+
+def solve_alps(problem: LayerProblem) -> Solution:
+    return Solution(*alps.alps(problem.weight, problem.inputs.gram, problem.sparsity, problem.nm))
+
+
+def solve_mama(problem: LayerProblem, exchanges: bool = True, goals: bool = True) -> Solution:
+    """MAMA's way: mask and redistributed values together with least_squares, else the mask by the criterion's score.
+
+    Args:
+        exchanges: whether kept connections are exchanged for pruned ones while that lowers the layer's error; never
+            where another indicator than activation has a say, which exchanges know nothing of.
+        goals: whether the layer aims at the dense model's outputs; False = at what its dense weight makes of the
+            inputs it gets, as other methods do.
+    """
+    weight, bias, inputs = problem.weight, problem.bias, problem.inputs
+    goal = problem.goal if goals else None
+    if problem.redistribution != "least_squares":
+        score = problem.criterion.score(weight, inputs.norm, problem.scores)
+        mask = matrix_mask(score, problem.sparsity, problem.nm, problem.by_row)
+        new = mean(weight, mask) if problem.redistribution == "mean" else weight * mask
+        if problem.redistribution == "bias" and bias is not None:
+            return Solution(new, mask, bias + bias_shift(weight, new, inputs.mean))
+        return Solution(new, mask)
+    importance = problem.criterion.multiplier(weight, inputs.norm, problem.scores)
+    how = {"exchanges": exchanges, "by_row": problem.by_row}
+    cross = None if goal is None else goal.cross
+    if bias is None:
+        return Solution(*mama(weight, inputs.gram, problem.sparsity, problem.nm, importance, cross=cross, **how))
+    # A bias takes up the mean for free, so only the deviations from it are left to fit.
+    wanted = weight @ inputs.mean + bias if goal is None else goal.total / max(inputs.tokens, 1)
+    if cross is not None:
+        cross = cross - wanted.outer(inputs.total)
+    new, mask = mama(weight, inputs.centred, problem.sparsity, problem.nm, importance, cross=cross, **how)
+    return Solution(new, mask, wanted - new @ inputs.mean)
+
+
+METHODS: dict[str, Method] = {
+    "magnitude": Method(solve_magnitude, "nothing", "magnitude", "the smallest |w| of each matrix go"),
+    "wanda": Method(solve_wanda, "norm", "Wanda", "|w| times the input's norm, within each output row"),
+    "sparsegpt": Method(
+        solve_sparsegpt, "gram", "SparseGPT", "column by column, each error compensated in the columns to its right"
+    ),
+    "alps": Method(solve_alps, "gram", "ALPS", "ADMM on the layer problem with a growing penalty"),
+    "mama": Method(
+        solve_mama, "gram and goal", "MAMA", "mask and redistribution together, towards the dense model's outputs",
+        budget="gradients", tunable=True,
+    ),
+}
+
+
+def overview() -> str:
+    """One line a method, for the command line's help."""
+    return "\n".join(f"  {name:<10} {m.summary} (needs {m.needs})" for name, m in METHODS.items())

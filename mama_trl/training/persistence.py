@@ -1,0 +1,84 @@
+"""Where a run's masks and statistics are looked for: the checkpoint that is resumed, or the folder of the model."""
+
+import json
+import logging
+from pathlib import Path
+from typing import Optional
+
+from torch import nn
+from transformers.trainer import TRAINER_STATE_NAME
+
+from ..errors import MamaError
+from ..masks.files import FOLDER, STATE_FILE
+from .checkpoints import cut_off, is_whole
+
+logger = logging.getLogger(__name__)
+
+
+def check_limit(args) -> None:
+    """Raises `MamaError` for a limit of one checkpoint: the Trainer deletes the old one before ours is written, so that
+    a kill in between would lose both."""
+    if args.save_total_limit == 1 and args.save_strategy != "no":
+        raise MamaError(
+            "`save_total_limit` is 1, so that a run killed while it saves would be left without a whole checkpoint: "
+            "set it to 2."
+        )
+
+
+def resumed_from(args, state) -> Path:
+    """The checkpoint that the Trainer resumed, which it tells nobody: the one that the arguments name, or the one in
+    the output folder, if its Trainer state is the one that was loaded. Raises `MamaError` if it is another run's."""
+    given = args.resume_from_checkpoint
+    if isinstance(given, str) and Path(given).is_dir():
+        return Path(given)
+    folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+    try:
+        history = json.loads((folder / TRAINER_STATE_NAME).read_text(encoding="utf-8"))["log_history"]
+    except (OSError, ValueError, KeyError):
+        history = None
+    if json.dumps(history) != json.dumps(state.log_history):
+        raise MamaError(
+            f"the checkpoint that is resumed at step {state.global_step} is not {folder}, so its masks and statistics "
+            "cannot be found: set `resume_from_checkpoint` in the training arguments to its folder too."
+        )
+    return folder
+
+
+def require_whole(folder: Path, output_dir: str | Path) -> None:
+    """Raises `MamaError` if the save of checkpoint `folder` did not come to its end."""
+    if not is_whole(folder):
+        raise MamaError(
+            cut_off(output_dir)
+            or f"{folder} has no {FOLDER}/{STATE_FILE}, so masks and statistics cannot be resumed: start from a "
+            "checkpoint written with MamaCallback."
+        )
+
+
+def beside(model: nn.Module) -> Optional[Path]:
+    """The folder that the model was loaded from, if masks or statistics lie in it; hub models are looked up."""
+    name = getattr(model, "name_or_path", "") or ""
+    if not name:
+        return None
+    if (Path(name) / FOLDER).is_dir():
+        return Path(name)
+    if Path(name).exists():
+        return None
+    return _from_hub(name)
+
+
+def _from_hub(name: str) -> Optional[Path]:
+    from huggingface_hub import snapshot_download
+
+    try:
+        folder = Path(snapshot_download(name, allow_patterns=[f"{FOLDER}/*"]))
+    except Exception as error:  # offline, private, or not a hub name: training goes on, said in the log
+        logger.info("no masks looked up on the hub for %s: %s", name, error)
+        return None
+    return folder if (folder / FOLDER).is_dir() else None
+
+
+def forget_best(state) -> None:
+    """Lets `load_best_model_at_end` and early stopping start anew: what is not sparse yet is no best model."""
+    state.best_metric = None
+    state.best_model_checkpoint = None
+    state.best_global_step = None

@@ -1,0 +1,26 @@
+"""Cases whose digests changed on purpose since before.json was written, one by one, with the reason."""
+
+_ONE_SCORE = (
+    "one rule combines indicators: a mask update in training took ‖x‖ into the score of every indicator, and its "
+    "floors differed from one-shot's"
+)
+_OWN = "sparsity=0.6 mask_start=3 indicators={} redistribution={} statistics=sensitivity+movement+reward"
+
+CHANGED: dict[str, str] = {
+    **{
+        f"train llama {_OWN.format(indicators, 'least_squares')}": _ONE_SCORE
+        for indicators in (
+            "activation+sensitivity=0.5", "curvature", "curvature+movement=0.5", "magnitude", "magnitude+sensitivity",
+            "movement", "sensitivity",
+        )
+    },
+    f"train llama {_OWN.format('activation+sensitivity=0.5', 'none')}": _ONE_SCORE,
+    "grpo llama indicators=activation+reward=0.5 budget=uniform": _ONE_SCORE,
+    "grpo llama indicators=reward": _ONE_SCORE,
+    "oneshot llama mama sparsity=0.6 indicators=movement+curvature=2+activation redistribution=none":
+        "where values stay, the mask is chosen by the score itself, not by |w| ‖x‖ times a quotient: one bit",
+    "formulas":
+        "one indicator alone is not divided by its mean, and means of several are exact for any number of ranks",
+    "train llama sparsity=0.6 mask_start=3 indicators=curvature budget=uniform arguments=optim=sgd":
+        "refused: SGD keeps no second moments, for which magnitude was taken with one log line",
+}
