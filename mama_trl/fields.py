@@ -146,6 +146,8 @@ def _is_default(declared: Field, value: Any) -> bool:
     if isinstance(value, float) and value != value:
         return False
     try:
+        if value is None and default == "":  # what argparse makes of an empty default
+            return True
         return value is default or (type(value) is type(default) and bool(value == default))
     except Exception:  # a value that cannot be compared is none of the defaults
         return False

@@ -47,14 +47,16 @@ def check_output_dir(
     path = _checked_name(path)
     if exists(path) and not is_dir(path):
         raise MamaError(f"{path} is a file: give a folder to write into.")
-    check_paths([path], _by_what(inputs), beside)
     try:
-        check_links(path)
         held = holds_something(path)
+        if held and not overwrite:
+            raise MamaError(
+                f"{path} already holds something: give an empty folder, or --overwrite to replace files in it."
+            )
+        check_paths([path], _by_what(inputs), beside)
+        check_links(path)
     except OSError as error:
         raise MamaError(f"{path} cannot be read: {first_line(error)}.") from None
-    if held and not overwrite:
-        raise MamaError(f"{path} already holds something: give an empty folder, or --overwrite to replace files in it.")
     _check_writable(path)
     return path
 

@@ -1,5 +1,6 @@
 """What a recipe says to the trainers: every stage's arguments built once, before any compute is spent."""
 
+from dataclasses import fields
 from typing import Any
 
 import torch
@@ -41,7 +42,7 @@ def check_section(stage: str, given: Any) -> dict[str, Any]:
 def arguments(stage: str, given: dict[str, Any], **settings) -> Any:
     """A trainer's configuration of a section's values and the run's own `settings`. Raises `MamaError`."""
     cls = TRAINERS[stage]
-    known = cls.__dataclass_fields__
+    known = {declared.name for declared in fields(cls)}
     values = {**{name: value for name, value in settings.items() if name in known}, **given}
     try:
         probe = _Values(values)

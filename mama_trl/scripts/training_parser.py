@@ -116,12 +116,15 @@ def parse(parser: TrainingParser, argv: list[str]) -> Optional[tuple]:
         return None
     recipe = read_recipe(argv)
     environment = _environment(recipe.pop("env", None))
+    plain, _ = parser.parse_known_args([])
     with _defaults(parser, _checked(parser, recipe)):
         namespace, unknown = parser.parse_known_args(without(argv, "--config"))
+    given = argparse.Namespace(**{name: v for name, v in vars(namespace).items() if v != getattr(plain, name)})
     for cls in parser.dataclass_types:
-        check_values(namespace, cls)
-    ours = {name: getattr(namespace, name) for name in MamaConfig.__dataclass_fields__}
-    MamaConfig(**ours)  # what only shows in several values together, before processes are started
+        check_values(given, cls)
+    vars(namespace).update(vars(given))
+    # What only shows in several values together, before processes are started.
+    MamaConfig(**{option.name: getattr(namespace, option.name) for option in fields(MamaConfig)})
     launched = "LOCAL_RANK" in os.environ or "ACCELERATE_MIXED_PRECISION" in os.environ
     if namespace.accelerate_config and not launched:
         code = hand_over(parser, namespace.accelerate_config, unknown, argv)
@@ -142,7 +145,7 @@ def _checked(parser: TrainingParser, recipe: dict) -> dict:
         if name not in known:
             hint = nearest(name, known)
             raise MamaError(f"the config file has {shown(name)}, which {parser.prog} does not know.{hint}")
-        cls = next((cls for cls in parser.dataclass_types if name in cls.__dataclass_fields__), None)
+        cls = next((cls for cls in parser.dataclass_types if name in {f.name for f in fields(cls)}), None)
         checked |= check_mapping({name: value}, cls, "the config file", RANGES) if cls else {name: value}
     return checked
 
