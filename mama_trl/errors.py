@@ -62,4 +62,6 @@ def warn_once(logger: logging.Logger, message: str) -> None:
 def first_line(error: BaseException) -> str:
     """The first line of what an exception says, or its name: another library's error within a sentence of ours."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return one_line(lines[0], 200) if lines else type(error).__name__
+    if len(lines) > 1 and lines[0].endswith(":"):
+        lines[0] += f" {lines[1]}"
+    return one_line(lines[0], 200).rstrip(".") if lines else type(error).__name__

@@ -3,8 +3,9 @@
 import json
 import os
 import re
+import shutil
 from pathlib import Path
-from typing import Any, Iterable, Mapping, Optional
+from typing import Any, Callable, Iterable, Mapping, Optional
 
 from safetensors import SafetensorError
 
@@ -13,7 +14,7 @@ from .paths import check_paths, exists, is_dir, is_file
 
 __all__ = [
     "WEIGHT_FILES", "check_links", "check_output_dir", "check_output_file", "exists", "holds_something", "is_dir",
-    "is_file", "remove_model_files", "write_atomically", "write_json", "write_text",
+    "is_file", "remove_model_files", "write_atomically", "write_folder", "write_json", "write_text",
 ]
 
 WEIGHT_FILES = ("*.safetensors", "pytorch_model*.bin")
@@ -100,7 +101,10 @@ def _checked_name(path: str | Path) -> Path:
     if not str(path).strip():
         raise MamaError("the name of an output is empty: give a folder or a file.")
     path = Path(path).expanduser()
-    sizes = [len(os.fsencode(part)) for part in path.parts] or [0]
+    try:
+        sizes = [len(os.fsencode(part)) for part in path.parts] or [0]
+    except UnicodeEncodeError:
+        raise MamaError(f"{path} is a name that no file can have: use other characters.") from None
     if max(sizes) > 255 or sizes[-1] > _LONGEST or sum(sizes) > 3000:
         raise MamaError(f"{path} is too long a name: use at most {_LONGEST} characters.")
     return path
@@ -147,6 +151,30 @@ def write_atomically(path: Path, write) -> None:
             temporary.unlink(missing_ok=True)
         except OSError:
             pass  # what went wrong has been said
+
+
+def write_folder(folder: Path, write: Callable[[Path], None], before: Callable[[Path], None]) -> None:
+    """Calls `write(temporary folder)`, then `before(folder)`, and moves what was written into `folder`.
+
+    A full disk, or a kill while it is written, leaves what `folder` held before; a link in the place of a file is
+    replaced, not followed. Raises `MamaError` where it cannot be written.
+    """
+    temporary = folder / f".writing.{os.getpid()}.tmp"
+    try:
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
+        write(temporary)
+        written = sorted(os.scandir(temporary), key=lambda entry: entry.name)
+        before(folder)
+        for entry in written:
+            os.replace(entry.path, folder / entry.name)
+        _flush(folder)
+    except (OSError, SafetensorError) as error:
+        raise MamaError(
+            f"cannot write into {folder}: {first_line(error)}; free some space or choose another output folder."
+        ) from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def _flush(folder: Path) -> None:

@@ -1,7 +1,14 @@
 """What every trial of a comparison shares."""
 
-from ..errors import MamaError
-from ..evaluation.loading import check_model_source, load_model, load_tokenizer, sequence_length
+from ..errors import MamaError, shown
+from ..evaluation.loading import (
+    check_ids,
+    check_model_source,
+    check_tokenizer,
+    load_model,
+    load_tokenizer,
+    sequence_length,
+)
 from ..evaluation.perplexity import perplexity
 from ..evaluation.text import blocks, calibration_rows, heldout_text
 from ..folders import check_output_dir
@@ -11,9 +18,12 @@ from .trial import dense_state
 def parse_seeds(text: str) -> list[int]:
     """`"0,1,2"` as whole numbers without repeats, in the given order. Raises `MamaError`."""
     try:
-        return list(dict.fromkeys(int(item) for item in text.split(",")))
+        seeds = list(dict.fromkeys(int(item) for item in text.split(",")))
     except ValueError:
-        raise MamaError(f"`seeds` is {text!r}: give whole numbers with commas, such as 0,1,2.") from None
+        seeds = [-1]
+    if not all(0 <= seed < 2**32 for seed in seeds):
+        raise MamaError(f"`seeds` is {shown(text)}: give whole numbers from 0 on with commas, such as 0,1,2.")
+    return seeds
 
 
 class Comparison:
@@ -30,16 +40,21 @@ class Comparison:
     def __init__(self, args):
         self._args = args
         self.seeds = parse_seeds(args.seeds)
-        check_model_source(args.model)
-        self.output = check_output_dir(args.output, args.overwrite)
-        tokenizer = load_tokenizer(args.model)
-        self.length = sequence_length(args.model, args.sequence_length)
+        inputs = {"the model": args.model, "the calibration text": args.calibration, "the text": args.text}
+        self.output = check_output_dir(args.output, args.overwrite, inputs)
+        trust = args.trust_remote_code
+        check_model_source(args.model, trust_remote_code=trust)
+        tokenizer = load_tokenizer(args.model, trust)
+        check_tokenizer(tokenizer, args.model, trust)
+        self.length = sequence_length(args.model, args.sequence_length, trust)
         self._rows = {
             seed: calibration_rows(tokenizer, args.calibration, self.length, args.calibration_tokens, seed)
             for seed in self.seeds
         }
         self.heldout = blocks(tokenizer, heldout_text(args.text), self.length, limit=args.blocks)
-        self.model = load_model(args.model, args.dtype)
+        for rows in (self.heldout, *self._rows.values()):
+            check_ids(rows, args.model, trust)
+        self.model = load_model(args.model, args.dtype, trust)
         self.dense = dense_state(self.model)
         self.reference = perplexity(self.model, self.heldout, args.batch_size)
         self.vocabulary = self.model.config.get_text_config().vocab_size

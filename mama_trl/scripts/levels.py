@@ -23,12 +23,12 @@ def make_parser():
 def parse_levels(text: str) -> list[float]:
     """`"0.9,0.5"` as ascending numbers without repeats. Raises `MamaError`."""
     from ..config import check_sparsity
-    from ..errors import MamaError
+    from ..errors import MamaError, shown
 
     try:
         levels = [float(item) for item in text.split(",")]
     except ValueError:
-        raise MamaError(f"`levels` is {text!r}: give numbers in [0, 1) with commas, such as 0.5,0.9.") from None
+        raise MamaError(f"`levels` is {shown(text)}: give numbers in [0, 1) with commas, such as 0.5,0.9.") from None
     return sorted({check_sparsity(level, "levels") for level in levels})
 
 

@@ -31,22 +31,24 @@ def make_parser():
 
 def new_model(source: str, options: dict, tokenizer, seed: int):
     """A model of `source`'s architecture with random weights. Raises `MamaError` if the tokenizer does not fit."""
-    from transformers import AutoConfig, AutoModelForCausalLM, set_seed
+    from transformers import AutoModelForCausalLM, set_seed
 
     from ..errors import MamaError, first_line
+    from ..evaluation.loading import load_config, vocabulary_of
 
     options = {name: value for name, value in options.items() if value is not None}
-    try:
-        config = AutoConfig.from_pretrained(source, revision=options.pop("revision", None))
-    except (OSError, ValueError) as error:
-        raise MamaError(f"no config.json can be loaded from {source}: {first_line(error)}") from None
-    if len(tokenizer) > config.vocab_size:
+    trust = options.pop("trust_remote_code", False)
+    config = load_config(source, trust, options.pop("revision", None))
+    if len(tokenizer) > (vocabulary_of(config) or len(tokenizer)):
         raise MamaError(
             f"the tokenizer of {source} has {len(tokenizer)} tokens and its config.json a `vocab_size` of "
-            f"{config.vocab_size}: make it at least as large."
+            f"{vocabulary_of(config)}: make it at least as large."
         )
     set_seed(seed)
-    return AutoModelForCausalLM.from_config(config, **options)
+    try:
+        return AutoModelForCausalLM.from_config(config, trust_remote_code=trust, **options)
+    except (ValueError, TypeError, KeyError, ImportError, RuntimeError) as error:  # also more memory than there is
+        raise MamaError(f"no model can be made of the config.json of {source}: {first_line(error)}.") from error
 
 
 def main(config, script_args, training_args, model_args, dataset_args) -> None:

@@ -4,7 +4,7 @@ import argparse
 
 from ..config import check_choice, check_sparsity
 from ..errors import MamaError
-from ..folders import check_output_dir, remove_model_files
+from ..folders import check_output_dir, remove_model_files, write_folder
 from .parser import CommandParser, options_of
 
 DESCRIPTION = """Prune a saved model without training it, block by block.
@@ -70,9 +70,9 @@ def prune_connections(args) -> None:
     options = options_of(args)
     method = METHODS[check_choice(args.method, tuple(METHODS), "method")]
     check_method(options, method, args.calibration is not None)
-    check_model_source(args.model)
+    check_model_source(args.model, trust_remote_code=args.trust_remote_code)
     unfinished, tokenizer, rows = _begin(args)
-    model = load_model(args.model, args.dtype)
+    model = load_model(args.model, args.dtype, args.trust_remote_code)
     targets = find_targets(model, options.target_modules, options.exclude_modules, experts=True)
     needed = Criterion(options.weights).sourced or options.budget not in (None, "uniform", "gradients")
     scores = StoredScores(recorded(args.model, model, targets) if needed else {})
@@ -105,7 +105,7 @@ def remove_structures(args) -> None:
             raise MamaError(
                 f"`{name}` is {getattr(args, name)!r}, which removing whole {args.pattern} does not take: leave it out."
             )
-    check_model_source(args.model)
+    check_model_source(args.model, trust_remote_code=args.trust_remote_code)
     if args.calibration is None:
         raise MamaError(f"`calibration` is missing: pattern {args.pattern} measures activations: give a text file.")
     if MaskSet.load(args.model) is not None:
@@ -114,7 +114,7 @@ def remove_structures(args) -> None:
             "first, from the dense model, and single connections after."
         )
     unfinished, tokenizer, rows = _begin(args)
-    model = load_model(args.model, args.dtype)
+    model = load_model(args.model, args.dtype, args.trust_remote_code)
     _announce(unfinished, model, rows)
     dense = model.num_parameters()
     small = prune_structures(
@@ -128,18 +128,28 @@ def remove_structures(args) -> None:
 
 def _begin(args):
     """(what an earlier call left, tokenizer, calibration sequences or None), all checks of folders done."""
-    from ..evaluation.loading import load_tokenizer, sequence_length
+    from ..evaluation.loading import check_ids, check_tokenizer, load_tokenizer, sequence_length
     from ..evaluation.text import calibration_rows
     from ..pruning.resume import Unfinished
 
-    output = check_output_dir(args.output, args.overwrite or Unfinished.exists(args.output), args.model)
+    output = _check_output(args)
     unfinished = Unfinished(output, _command(args), args.overwrite)
-    tokenizer = load_tokenizer(args.model)
+    tokenizer = load_tokenizer(args.model, args.trust_remote_code)
+    check_tokenizer(tokenizer, args.model, args.trust_remote_code)
     rows = None
     if args.calibration is not None:
-        length = sequence_length(args.model, args.sequence_length)
+        length = sequence_length(args.model, args.sequence_length, args.trust_remote_code)
         rows = calibration_rows(tokenizer, args.calibration, length, args.calibration_tokens, args.seed)
+        check_ids(rows, args.model, args.trust_remote_code)
     return unfinished, tokenizer, rows
+
+
+def _check_output(args):
+    """The output folder. Raises `MamaError` if it holds something, or writing there would change what is read."""
+    from ..pruning.resume import Unfinished
+
+    inputs = {"the model": args.model, "the calibration text": args.calibration}
+    return check_output_dir(args.output, args.overwrite or Unfinished.exists(args.output), inputs)
 
 
 def _announce(unfinished, model, rows) -> None:
@@ -150,10 +160,12 @@ def _announce(unfinished, model, rows) -> None:
 
 def _save(model, tokenizer, output):
     output = check_output_dir(output, overwrite=True)
-    output.mkdir(parents=True, exist_ok=True)
-    remove_model_files(output)
-    model.save_pretrained(output)
-    tokenizer.save_pretrained(output)
+
+    def write(folder):
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+
+    write_folder(output, write, before=remove_model_files)
     return output
 
 
