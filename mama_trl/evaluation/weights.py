@@ -2,7 +2,6 @@
 
 import json
 import logging
-import sys
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Iterator
@@ -13,12 +12,12 @@ from transformers import PretrainedConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.utils import logging as their_logging
 
+from ..engines.apart import undivided
 from ..errors import MamaError, first_line, shown
 
 _MOST = 100_000  # layers, heads or experts: beyond it a model is not even sketched
 _PARTS = ("layers", "layer", "heads", "head", "experts")
 _SAFE, _PICKLED = "model.safetensors", "pytorch_model.bin"
-_DEEPSPEED = "_hf_deepspeed_config_weak_ref"  # while it is set, ZeRO-3 takes every new model apart
 _DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
     "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
@@ -158,19 +157,14 @@ def _each(value: Any) -> tuple:
 @contextmanager
 def quietly(bars: bool = False) -> Iterator[None]:
     """Without transformers' report and (unless `bars`) bar, and without ZeRO-3 taking apart what is built."""
-    deepspeed = sys.modules.get("transformers.integrations.deepspeed")  # importing it would take seconds
     verbosity, shown_before = their_logging.get_verbosity(), their_logging.is_progress_bar_enabled()
-    reference = getattr(deepspeed, _DEEPSPEED, None)
     their_logging.set_verbosity(logging.CRITICAL)
     if not bars:
         their_logging.disable_progress_bar()
-    if reference is not None:
-        setattr(deepspeed, _DEEPSPEED, None)
     try:
-        yield
+        with undivided():
+            yield
     finally:
-        if reference is not None:
-            setattr(deepspeed, _DEEPSPEED, reference)
         their_logging.set_verbosity(verbosity)
         if shown_before:
             their_logging.enable_progress_bar()

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ..engines import ranks
 from ..errors import MamaError
+from ..indicators.history import histogram
 from ..pruning.prune import check_redistribution
 from ..pruning.update import Update, check_moments, update_masks
 from .schedule import Schedule
@@ -97,7 +98,7 @@ class HardMasks(Regime):
             )
             run.masks = update_masks(update, sparsity)
             if run.trajectory.recorded("reward"):
-                run.attribution = run.trajectory.histogram("reward", run.masks)
+                run.attribution = histogram(run.trajectory, "reward", run.masks)
         return True
 
     def _own_calibration(self) -> Optional[Tensor]:

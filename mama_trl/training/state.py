@@ -8,10 +8,11 @@ from torch import Tensor, nn
 
 from ..config import MamaConfig
 from ..engines import ranks
-from ..engines.detect import engine_of, keeps_frozen_masters, shards_of, unwrap
+from ..engines.detect import engine_of, shard_of, shards_of, unwrap
 from ..engines.shard import Shard
 from ..errors import MamaError
 from ..folders import write_json
+from ..indicators.history import sample
 from ..indicators.trajectory import STEM as STATISTICS
 from ..indicators.trajectory import Trajectory
 from ..masks.files import FOLDER, STATE_FILE, RangeReader, forget_others, write_ranges
@@ -62,7 +63,7 @@ class RunState:
 
     def sample(self, step: int) -> None:
         """Writes down the sampled connections of the trajectory's history."""
-        self.trajectory.sample(step, self.stage, [target.name for target in self.targets])
+        sample(self.trajectory, step, self.stage, [target.name for target in self.targets])
 
     # ------------------------------------------------------------------ files
 
@@ -142,8 +143,8 @@ def _followed(targets: list[Target]) -> list[tuple[str, nn.Parameter]]:
 
 
 def _check_trainable(targets: list[Target], engine: str) -> None:
-    for target in [] if keeps_frozen_masters(engine) else targets:
-        if not target.parameter.requires_grad:
+    for target in targets:
+        if not target.parameter.requires_grad and not shard_of(target.name, target.parameter).reaches_frozen:
             raise MamaError(
                 f"{target.name} is frozen, and {engine} keeps no optimizer copy of it that masks could be applied to: "
                 "put it into `exclude_modules`, or let it train."
