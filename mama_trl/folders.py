@@ -14,7 +14,7 @@ from .paths import check_paths, exists, is_dir, is_file
 
 __all__ = [
     "WEIGHT_FILES", "check_links", "check_output_dir", "check_output_file", "exists", "holds_something", "is_dir",
-    "is_file", "remove_model_files", "write_atomically", "write_folder", "write_json", "write_text",
+    "is_file", "remove_model_files", "write_atomically", "write_bytes", "write_folder", "write_json", "write_text",
 ]
 
 WEIGHT_FILES = ("*.safetensors", "pytorch_model*.bin")
@@ -25,6 +25,7 @@ _MODEL_FILES = re.compile(
     r"(model|pytorch_model)(-\d+-of-\d+)?\.(safetensors|bin)|(model\.safetensors|pytorch_model\.bin)\.index\.json"
 )
 _MASK_FILES = re.compile(r"(masks|statistics|inputs)(-\d+-of-\d+)?\.safetensors|state\.json")
+_WRITING = ".writing.tmp"  # a folder whose files go to their places when all are whole
 _LONGEST = 200  # bytes of a file's name, which the temporary one beside it is longer than
 
 
@@ -157,17 +158,19 @@ def write_folder(folder: Path, write: Callable[[Path], None], before: Callable[[
     """Calls `write(temporary folder)`, then `before(folder)`, and moves what was written into `folder`.
 
     A full disk, or a kill while it is written, leaves what `folder` held before; a link in the place of a file is
-    replaced, not followed. Raises `MamaError` where it cannot be written.
+    replaced, not followed. One run at a time may do this (see lock.py). Raises `MamaError` where it cannot be written.
     """
-    temporary = folder / f".writing.{os.getpid()}.tmp"
+    temporary = folder / _WRITING
     try:
-        shutil.rmtree(temporary, ignore_errors=True)
+        shutil.rmtree(temporary, ignore_errors=True)  # what a killed run has left
         temporary.mkdir(parents=True)
         write(temporary)
-        written = sorted(os.scandir(temporary), key=lambda entry: entry.name)
         before(folder)
-        for entry in written:
-            os.replace(entry.path, folder / entry.name)
+        for place, _, names in os.walk(temporary):
+            there = folder / Path(place).relative_to(temporary)
+            there.mkdir(exist_ok=True)
+            for name in names:
+                os.replace(Path(place) / name, there / name)
         _flush(folder)
     except (OSError, SafetensorError) as error:
         raise MamaError(
@@ -191,6 +194,11 @@ def _flush(folder: Path) -> None:
 def write_text(path: str | Path, text: str) -> None:
     """Writes a text file (UTF-8) that is whole or not there."""
     write_atomically(Path(path), lambda temporary: temporary.write_text(text, encoding="utf-8"))
+
+
+def write_bytes(path: str | Path, data: bytes) -> None:
+    """Writes a file that is whole or not there."""
+    write_atomically(Path(path), lambda temporary: temporary.write_bytes(data))
 
 
 def write_json(path: str | Path, value: Any) -> None:

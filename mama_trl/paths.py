@@ -1,8 +1,9 @@
 """Names of files and folders: what is there, and that no output is, holds or lies within what is read."""
 
+import fnmatch
 import os
 from pathlib import Path
-from typing import Iterable, Mapping, Optional, Union
+from typing import Iterable, Mapping, Union
 
 from .errors import MamaError
 
@@ -66,7 +67,10 @@ def _same_file(one: Union[str, Path], other: Union[str, Path]) -> bool:
         return False
 
 
-def check_not_written(name: Optional[str], written: Iterable[str], output: Path) -> None:
-    """Refuses an input that lies in the output folder under a name that will be written there."""
-    if name and exists(name) and _real(name).parent == _real(output) and _real(name).name in set(written):
+def check_not_written(name: Name, written: Iterable[str], output: Name) -> None:
+    """Refuses an input that lies in the output folder under a name (a shell pattern) that will be written there."""
+    if not exists(name) or not exists(output):
+        return
+    read = _real(name)
+    if read.parent == _real(output) and any(fnmatch.fnmatchcase(read.name, pattern) for pattern in written):
         raise MamaError(f"{name} has the name of a file that is written into {output}: move it or rename it.")

@@ -13,9 +13,9 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 ROOMS = (
     "cli", "scripts", "demo", "compare", "report", "training", "export", "evaluation", "pruning", "calibration",
     "solvers", "indicators", "selection", "masks", "model", "engines", "lock", "removal", "folders", "paths",
-    "yaml_files", "config", "fields", "errors",
+    "yaml_files", "machine", "config", "fields", "errors",
 )
-GROUND = ("errors", "fields", "config", "yaml_files", "paths", "folders", "removal", "lock")
+GROUND = ("errors", "fields", "config", "machine", "yaml_files", "paths", "folders", "removal", "lock")
 ALLOWED = {
     "report": {"report", "folders", "paths", "errors"},
     "solvers": {"solvers", "indicators", "selection", "errors"},

@@ -1,5 +1,7 @@
 """What every trial of a comparison shares."""
 
+from contextlib import ExitStack
+
 from ..errors import MamaError, shown
 from ..evaluation.loading import (
     check_ids,
@@ -12,6 +14,7 @@ from ..evaluation.loading import (
 from ..evaluation.perplexity import perplexity
 from ..evaluation.text import blocks, calibration_rows, heldout_text
 from ..folders import check_output_dir
+from ..lock import locked
 from .trial import dense_state
 
 
@@ -29,6 +32,8 @@ def parse_seeds(text: str) -> list[int]:
 class Comparison:
     """What every trial of a comparison shares: dense weights, held-out blocks and one draw of calibration per seed.
 
+    Made of what the command reads, it has checked everything; as a context, it holds the output folder and the model.
+
     Args:
         args: a command's `model, calibration, text, output, overwrite, blocks, seeds, calibration_tokens,
             sequence_length, batch_size, dtype`.
@@ -38,11 +43,9 @@ class Comparison:
     """
 
     def __init__(self, args):
-        self._args = args
+        self._args, trust = args, args.trust_remote_code
         self.seeds = parse_seeds(args.seeds)
-        inputs = {"the model": args.model, "the calibration text": args.calibration, "the text": args.text}
-        self.output = check_output_dir(args.output, args.overwrite, inputs)
-        trust = args.trust_remote_code
+        self._check_output()
         check_model_source(args.model, trust_remote_code=trust)
         tokenizer = load_tokenizer(args.model, trust)
         check_tokenizer(tokenizer, args.model, trust)
@@ -54,10 +57,27 @@ class Comparison:
         self.heldout = blocks(tokenizer, heldout_text(args.text), self.length, limit=args.blocks)
         for rows in (self.heldout, *self._rows.values()):
             check_ids(rows, args.model, trust)
-        self.model = load_model(args.model, args.dtype, trust)
-        self.dense = dense_state(self.model)
-        self.reference = perplexity(self.model, self.heldout, args.batch_size)
-        self.vocabulary = self.model.config.get_text_config().vocab_size
+
+    def _check_output(self) -> None:
+        args = self._args
+        inputs = {"the model": args.model, "the calibration text": args.calibration, "the text": args.text}
+        self.output = check_output_dir(args.output, args.overwrite, inputs)
+
+    def __enter__(self) -> "Comparison":
+        """Holds the output folder for this process, and loads and measures the dense model."""
+        self._held = ExitStack()
+        with ExitStack() as held:
+            held.enter_context(locked(self.output))
+            self._check_output()  # nobody has finished there meanwhile
+            self.model = load_model(self._args.model, self._args.dtype, self._args.trust_remote_code)
+            self.dense = dense_state(self.model)
+            self.reference = perplexity(self.model, self.heldout, self._args.batch_size)
+            self.vocabulary = self.model.config.get_text_config().vocab_size
+            self._held = held.pop_all()
+        return self
+
+    def __exit__(self, *error) -> None:
+        self._held.close()
 
     @property
     def source(self) -> str:

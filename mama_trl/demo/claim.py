@@ -23,7 +23,7 @@ def check_folder(config: RunConfig, recipe: str | Path, overwrite: bool) -> None
     here = Path.cwd()
     if folder.resolve() in (here, *here.parents, Path.home().resolve()):
         raise MamaError(f"`output_dir` is {folder}, in which all your work lies: give the run a folder of its own.")
-    check_not_written(recipe, [name for name in RUN_NAMES if "*" not in name], folder)
+    check_not_written(recipe, RUN_NAMES, folder)
     check_links(folder, (*OUR_FOLDERS, *RUN_NAMES))
     _check_earlier(folder, config, overwrite)
 

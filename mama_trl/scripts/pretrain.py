@@ -54,23 +54,28 @@ def new_model(source: str, options: dict, tokenizer, seed: int):
 def main(config, script_args, training_args, model_args, dataset_args) -> None:
     from trl import SFTTrainer
 
-    from ..evaluation.loading import load_tokenizer
     from ..training.callback import MamaCallback
     from . import data, training
 
-    resume = training.check_run(script_args, training_args, model_args, needs_weights=not script_args.from_scratch)
-    train_data, eval_data = data.split_data(data.load_data(script_args, dataset_args), script_args, training_args)
-    options = training.model_options(training_args, model_args)
-    tokenizer = load_tokenizer(model_args.model_name_or_path)
-    model = model_args.model_name_or_path
-    if script_args.from_scratch:
-        model = new_model(model, options, tokenizer, training_args.seed)
-        training_args.model_init_kwargs = None
-    trainer = SFTTrainer(
-        model, args=training_args, train_dataset=train_data, eval_dataset=eval_data, processing_class=tokenizer,
-        callbacks=[MamaCallback(config, stage="pretrain")],
-    )
-    training.train(trainer, resume, script_args.dataset_name)
+    source, scratch = model_args.model_name_or_path, script_args.from_scratch
+    with training.claimed(config, script_args, training_args, model_args, dataset_args, not scratch) as resume:
+        train_data, eval_data = data.split_data(
+            data.load_data(script_args, dataset_args), script_args, training_args
+        )
+        for part in (train_data, eval_data):
+            if part is not None:
+                data.check_rows(part, [training_args.dataset_text_field])
+        options = training.model_options(training_args, model_args)
+        tokenizer = training.tokenizer_of(training_args, model_args)
+        model = source
+        if scratch:
+            model = new_model(source, options, tokenizer, training_args.seed)
+            training_args.model_init_kwargs = None
+        trainer = training.trainer_of(
+            SFTTrainer, model, args=training_args, train_dataset=train_data, eval_dataset=eval_data,
+            processing_class=tokenizer, callbacks=[MamaCallback(config, stage="pretrain")],
+        )
+        training.train(trainer, resume, script_args.dataset_name)
 
 
 def run(argv: list[str]) -> int:

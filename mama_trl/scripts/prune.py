@@ -1,10 +1,12 @@
 """`mama prune`: one-shot pruning of a saved model."""
 
 import argparse
+from contextlib import contextmanager
 
 from ..config import check_choice, check_sparsity
 from ..errors import MamaError
 from ..folders import check_output_dir, remove_model_files, write_folder
+from ..lock import locked
 from .parser import CommandParser, options_of
 
 DESCRIPTION = """Prune a saved model without training it, block by block.
@@ -57,21 +59,30 @@ def main(args) -> None:
 
 
 def prune_connections(args) -> None:
-    from ..evaluation.loading import check_model_source, load_model
-    from ..indicators.combine import Criterion
-    from ..indicators.recorded import recorded
-    from ..indicators.source import StoredScores
-    from ..model.targets import find_targets
-    from ..pruning.placement import LocalPlacement
-    from ..pruning.prune import check_method, check_scores, prune
-    from ..pruning.resume import KeptProgress
+    from ..evaluation.loading import check_model_source
+    from ..pruning.prune import check_method
     from ..solvers.methods import METHODS
+    from .fits import check_fits_source
 
     options = options_of(args)
     method = METHODS[check_choice(args.method, tuple(METHODS), "method")]
     check_method(options, method, args.calibration is not None)
     check_model_source(args.model, trust_remote_code=args.trust_remote_code)
-    unfinished, tokenizer, rows = _begin(args)
+    check_fits_source(args.model, options, args.trust_remote_code)
+    with _begun(args) as (unfinished, tokenizer, rows):
+        _prune(args, options, method, unfinished, tokenizer, rows)
+
+
+def _prune(args, options, method, unfinished, tokenizer, rows) -> None:
+    from ..evaluation.loading import load_model
+    from ..indicators.combine import Criterion
+    from ..indicators.recorded import recorded
+    from ..indicators.source import StoredScores
+    from ..model.targets import find_targets
+    from ..pruning.placement import LocalPlacement
+    from ..pruning.prune import check_scores, prune
+    from ..pruning.resume import KeptProgress
+
     model = load_model(args.model, args.dtype, args.trust_remote_code)
     targets = find_targets(model, options.target_modules, options.exclude_modules, experts=True)
     needed = Criterion(options.weights).sourced or options.budget not in (None, "uniform", "gradients")
@@ -92,10 +103,9 @@ def prune_connections(args) -> None:
 
 
 def remove_structures(args) -> None:
-    from ..evaluation.loading import check_model_source, load_model
+    from ..evaluation.loading import check_model_source
     from ..masks.maskset import MaskSet
-    from ..pruning.resume import KeptProgress
-    from ..pruning.structures.remove import STRUCTURE_METHODS, prune_structures
+    from ..pruning.structures.remove import STRUCTURE_METHODS
 
     sparsity = check_sparsity(0.5 if args.sparsity is None else args.sparsity)
     check_choice(args.method, STRUCTURE_METHODS, "method")
@@ -113,12 +123,20 @@ def remove_structures(args) -> None:
             f"{args.model} has masks, which do not fit a model with fewer {args.pattern}: remove whole structures "
             "first, from the dense model, and single connections after."
         )
-    unfinished, tokenizer, rows = _begin(args)
+    with _begun(args) as (unfinished, tokenizer, rows):
+        _remove(args, sparsity, options.redistribution, unfinished, tokenizer, rows)
+
+
+def _remove(args, sparsity, redistribution, unfinished, tokenizer, rows) -> None:
+    from ..evaluation.loading import load_model
+    from ..pruning.resume import KeptProgress
+    from ..pruning.structures.remove import prune_structures
+
     model = load_model(args.model, args.dtype, args.trust_remote_code)
     _announce(unfinished, model, rows)
     dense = model.num_parameters()
     small = prune_structures(
-        model, rows, args.pattern, sparsity, args.method, options.redistribution, batch_size=args.batch_size,
+        model, rows, args.pattern, sparsity, args.method, redistribution, batch_size=args.batch_size,
         seed=args.seed, progress=KeptProgress(f"prune {args.pattern} ({args.method})", unfinished),
     )
     output = _save(small, tokenizer, args.output)
@@ -126,8 +144,9 @@ def remove_structures(args) -> None:
     print(f"{small.num_parameters():,} of {dense:,} parameters stay ({args.method}, {args.pattern}): {output}")
 
 
-def _begin(args):
-    """(what an earlier call left, tokenizer, calibration sequences or None), all checks of folders done."""
+@contextmanager
+def _begun(args):
+    """(what an earlier call left, tokenizer, calibration sequences or None), all checks done and the folder held."""
     from ..evaluation.loading import check_ids, check_tokenizer, load_tokenizer, sequence_length
     from ..evaluation.text import calibration_rows
     from ..pruning.resume import Unfinished
@@ -141,7 +160,9 @@ def _begin(args):
         length = sequence_length(args.model, args.sequence_length, args.trust_remote_code)
         rows = calibration_rows(tokenizer, args.calibration, length, args.calibration_tokens, args.seed)
         check_ids(rows, args.model, args.trust_remote_code)
-    return unfinished, tokenizer, rows
+    with locked(output):
+        _check_output(args)  # nobody has finished there meanwhile
+        yield unfinished, tokenizer, rows
 
 
 def _check_output(args):

@@ -12,9 +12,10 @@ from trl import ScriptArguments, TrlParser
 from ..config import MamaConfig
 from ..errors import MamaError, shown
 from ..fields import check_mapping, nearest
+from ..paths import check_paths
 from ..training.settings import RANGES, check_values, refusals_of
 from ..yaml_files import read_settings
-from .launch import ACCELERATE_CONFIGS, hand_over, without
+from .launch import ACCELERATE_CONFIGS, accelerate_file, hand_over, without
 
 # Of some 250 flags, those a first run needs; `--help_all` shows the others.
 FIRST_FLAGS = (
@@ -127,6 +128,8 @@ def parse(parser: TrainingParser, argv: list[str]) -> Optional[tuple]:
     MamaConfig(**{option.name: getattr(namespace, option.name) for option in fields(MamaConfig)})
     launched = "LOCAL_RANK" in os.environ or "ACCELERATE_MIXED_PRECISION" in os.environ
     if namespace.accelerate_config and not launched:
+        engines_own = {"the engine's config": accelerate_file(namespace.accelerate_config)}
+        check_paths([namespace.output_dir], engines_own, beside=engines_own)
         code = hand_over(parser, namespace.accelerate_config, unknown, argv)
         if code:
             raise SystemExit(code)
@@ -134,7 +137,7 @@ def parse(parser: TrainingParser, argv: list[str]) -> Optional[tuple]:
     for flag in unknown:
         raise MamaError(f"{parser.prog} does not know {shown(flag)}.{nearest(flag, parser.flags)}")
     os.environ.update(environment)
-    return _filled(parser, namespace)
+    return _remember(_filled(parser, namespace), argv)
 
 
 def _checked(parser: TrainingParser, recipe: dict) -> dict:
@@ -182,6 +185,14 @@ def _filled(parser: TrainingParser, namespace: argparse.Namespace) -> tuple:
         with refusals_of(cls.__name__):
             filled.append(cls(**own))
     return tuple(filled)
+
+
+def _remember(filled: tuple, argv: list[str]) -> tuple:
+    """Notes in the command's own arguments which file the settings came from: it is not to be written over."""
+    for part in filled:
+        if isinstance(part, TrainingArguments) and "--config" in argv:
+            part.config_file = argv[argv.index("--config") + 1]
+    return filled
 
 
 def run(parser: TrainingParser, main: Callable, argv: list[str]) -> int:
