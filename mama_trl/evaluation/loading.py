@@ -142,7 +142,10 @@ def _loaded(what: str, source: str, load: Any, **options) -> Any:
         return load(source, **options)
     except MamaError:
         raise
-    except Exception as error:
+    except BaseException as error:
+        # Rust's panics (of tokenizers) are no `Exception`s.
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
         if isinstance(error, ValueError) and TRUST in str(error):
             raise MamaError(
                 f"{source} wants to run code of its own: read it, and give --{TRUST} (in Python {TRUST}=True) if you "
