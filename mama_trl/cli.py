@@ -68,6 +68,15 @@ def main(argv: list[str] | None = None) -> int:
         # The reader (a pager, head) went away; nothing is left to say, and Python must not flush into it.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
+    except Exception as error:
+        from .errors import one_line
+        from .machine import refusal_of
+
+        sentence = refusal_of(error)
+        if sentence is None:
+            raise
+        print(f"mama: {one_line(sentence)}", file=sys.stderr)
+        return 2
 
 
 if __name__ == "__main__":

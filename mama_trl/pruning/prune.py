@@ -18,6 +18,7 @@ from ..indicators.calibration_gradients import sensitivities
 from ..indicators.combine import Criterion
 from ..indicators.source import ScoreSource, StoredScores
 from ..masks.maskset import MaskSet
+from ..model.fits import check_fits
 from ..model.sequences import Sequences, check_sequences, spread_evenly, tokens_in
 from ..model.targets import Target, find_targets
 from ..selection.allocation import allocate
@@ -74,6 +75,7 @@ def prune(
     check_method(options, method, calibration is not None)
     check_scores(options, method, scores, layer_sparsity is not None)
     check_redistribution(options, placement.targets)
+    check_fits(placement.targets, options)
     if layer_sparsity is None:
         layer_sparsity = _allocated(model, calibration, method, options, scores, placement, batch_size, bool(progress))
     if not isinstance(progress, Progress):

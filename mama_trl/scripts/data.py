@@ -1,11 +1,17 @@
 """Datasets of the training commands."""
 
 import os
+import string
 from pathlib import Path
-from typing import Optional
+from typing import Iterable, Optional
 
-from ..errors import MamaError, first_line
+from ..errors import MamaError, first_line, shown
 from ..evaluation.text import DATA_FORMATS, check_file_name
+from ..paths import is_file
+
+# Columns that tokenizers read, in every stage and where answers are learned.
+_ASKED = ("text", "prompt", "question")
+_ANSWERED = ("completion", "answer", "messages")
 
 
 def load_data(script_args, dataset_args):
@@ -27,16 +33,16 @@ def load_data(script_args, dataset_args):
     try:
         if dataset_args.datasets:
             data = get_dataset(dataset_args)
-        elif Path(name).is_file():
+        elif is_file(name):
             data = _from_file(Path(name))
         else:
             data = load_dataset(name, name=script_args.dataset_config, streaming=script_args.dataset_streaming)
     except MamaError:
         raise
     except Exception as error:  # builders raise anything, from parser errors to the hub's
-        raise MamaError(f"{name or '`datasets`'} cannot be loaded as a dataset: {first_line(error)}") from None
+        raise MamaError(f"{name or '`datasets`'} cannot be loaded as a dataset: {first_line(error)}.") from None
     if split not in data:
-        raise MamaError(f"`dataset_train_split` is {split!r}, but {name} has only {', '.join(data)}.")
+        raise MamaError(f"`dataset_train_split` is {shown(split)}, but {name} has only {', '.join(map(str, data))}.")
     return data
 
 
@@ -59,17 +65,60 @@ def split_data(data, script_args, training_args) -> tuple:
         return data[script_args.dataset_train_split], None
     split = script_args.dataset_test_split
     if split not in data:
-        raise MamaError(f"`dataset_test_split` is {split!r}, not among {', '.join(data)}: set eval_strategy no.")
+        raise MamaError(
+            f"`dataset_test_split` is {shown(split)}, not among {', '.join(map(str, data))}: set eval_strategy no."
+        )
     return data[script_args.dataset_train_split], data[split]
 
 
 def prepared(script_args, training_args, dataset_args, completions: bool) -> tuple:
     """`(training, evaluation or None)` with prompts made as `with_prompts` says."""
     parts = split_data(load_data(script_args, dataset_args), script_args, training_args)
+    for part in parts:
+        if part is not None:
+            check_rows(part, (*_ASKED, *(_ANSWERED if completions else ())))
     return tuple(
         None if part is None else with_prompts(part, script_args.prompt_template, script_args.chat, completions)
         for part in parts
     )
+
+
+def check_rows(dataset, columns: Iterable[str]) -> None:
+    """Raises `MamaError` if a dataset has no rows, or one of `columns` (those it has) holds anything but texts.
+
+    Lists stand for messages, and are left to TRL. Of a stream nothing is known before it is read.
+    """
+    features = getattr(dataset, "features", None)
+    if features is None or not hasattr(dataset, "data"):
+        return
+    if not len(dataset):
+        raise MamaError("the dataset has no rows: give one with data.")
+    for name in columns:
+        kind = features.get(name)
+        if kind is None or isinstance(kind, (list, dict)) or type(kind).__name__ in ("List", "LargeList", "Sequence"):
+            continue
+        if getattr(kind, "dtype", None) not in ("string", "large_string"):
+            raise MamaError(f"column `{name}` holds {getattr(kind, 'dtype', kind)}, no text: write texts in quotes.")
+        empty = dataset.data.column(name).null_count
+        if empty:
+            raise MamaError(f"column `{name}` is null in {empty} of {len(dataset)} rows: take them out.")
+
+
+def _check_template(template: str, columns: list[str]) -> None:
+    """Raises `MamaError` unless `template` is text with plain `{column}` in it: no attributes, indices or widths."""
+    try:
+        parts = list(string.Formatter().parse(template))
+    except ValueError as error:
+        parts, plain, found = [], False, str(error)
+    else:
+        named = [part for part in parts if part[1] is not None]
+        plain = all(part[1] in columns and not part[2] and part[3] is None for part in named)
+        found = ", ".join(f"{{{part[1]}}}" for part in named)
+    if not plain:
+        raise MamaError(
+            f"`prompt_template` does not fit the columns {', '.join(columns)} ({found}): write {{column}}, and "
+            "{{ for a literal brace."
+        )
 
 
 def with_prompts(dataset, template: Optional[str], chat: bool, completions: bool):
@@ -85,13 +134,7 @@ def with_prompts(dataset, template: Optional[str], chat: bool, completions: bool
     """
     columns = list(dataset.column_names or [])
     if template:
-        try:
-            template.format_map(dict.fromkeys(columns, ""))
-        except (KeyError, IndexError, ValueError) as error:
-            raise MamaError(
-                f"`prompt_template` does not fit the columns {', '.join(columns)} ({error!r}): write {{column}}, and "
-                "{{ for a literal brace."
-            ) from None
+        _check_template(template, columns)
     elif "prompt" not in columns and "question" not in columns:
         return dataset
     answer = next((name for name in ("completion", "answer") if name in columns), None) if completions else None

@@ -54,26 +54,25 @@ def reward_functions(names: list[str]) -> list:
 
 def main(training_args, script_args, model_args, dataset_args) -> None:
     from ..errors import MamaError
-    from ..evaluation.loading import load_tokenizer
     from ..training.grpo.trainer import MamaGRPOTrainer
     from . import data, training
 
-    resume = training.check_run(script_args, training_args, model_args)
-    rewards = reward_functions(script_args.reward_funcs)
-    train_data, eval_data = data.prepared(script_args, training_args, dataset_args, completions=False)
-    columns = list(train_data.column_names or ["prompt", "answer"])
-    for column, needed in (("prompt", True), ("answer", "accuracy" in script_args.reward_funcs)):
-        if needed and column not in columns:
-            raise MamaError(f"the dataset has no column `{column}`, only {', '.join(columns)}: rename one.")
-    tokenizer = load_tokenizer(model_args.model_name_or_path)
-    if script_args.chat and tokenizer.chat_template is None:
-        raise MamaError(f"`chat` is set, but {model_args.model_name_or_path} has no chat template: leave it out.")
-    training.model_options(training_args, model_args)
-    trainer = MamaGRPOTrainer(
-        model_args.model_name_or_path, rewards, args=training_args, train_dataset=train_data, eval_dataset=eval_data,
-        processing_class=tokenizer,
-    )
-    training.train(trainer, resume, script_args.dataset_name)
+    with training.claimed(training_args, script_args, training_args, model_args, dataset_args) as resume:
+        rewards = reward_functions(script_args.reward_funcs)
+        train_data, eval_data = data.prepared(script_args, training_args, dataset_args, completions=False)
+        columns = list(train_data.column_names or ["prompt", "answer"])
+        for column, needed in (("prompt", True), ("answer", "accuracy" in script_args.reward_funcs)):
+            if needed and column not in columns:
+                raise MamaError(f"the dataset has no column `{column}`, only {', '.join(columns)}: rename one.")
+        tokenizer = training.tokenizer_of(training_args, model_args)
+        if script_args.chat and tokenizer.chat_template is None:
+            raise MamaError(f"`chat` is set, but {model_args.model_name_or_path} has no chat template: leave it out.")
+        training.model_options(training_args, model_args)
+        trainer = training.trainer_of(
+            MamaGRPOTrainer, model_args.model_name_or_path, rewards, args=training_args, train_dataset=train_data,
+            eval_dataset=eval_data, processing_class=tokenizer,
+        )
+        training.train(trainer, resume, script_args.dataset_name)
 
 
 def run(argv: list[str]) -> int:

@@ -3,14 +3,27 @@
 import tempfile
 
 from torch import nn
+from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 
 from ..config import MamaConfig
 from ..engines.detect import refuse_quantized, unwrap
 from ..errors import MamaError, first_line
+from ..evaluation.loading import check_model_source, load_config
 from ..model.runner import check_walkable
 from ..model.targets import find_targets
+from ..paths import is_dir
 from ..pruning.prune import check_redistribution
 from .persistence import check_limit
+
+
+def check_source(source: str, trust_remote_code: bool) -> None:
+    """Raises `MamaError` for a model's folder or hub id of which a part would be left out or drawn at random when it is
+    loaded, or that is no language model. Vision-language models are left to their own loading."""
+    if is_dir(source):
+        named = load_config(source, trust_remote_code).architectures or [""]
+        if named[0] in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES.values():
+            return
+    check_model_source(source, trust_remote_code=trust_remote_code)
 
 
 def check_arguments(arguments: dict) -> None:

@@ -4,12 +4,11 @@ from pathlib import Path
 from typing import Optional
 
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from ..engines import ranks
-from ..folders import write_atomically
 from ..masks.files import FOLDER, file_name, files_of
+from ..masks.tensors import TensorFile, write_tensors
 from ..model.language import context_length, ids_in, path_to, placeholder_ids, token_embedding
 from ..model.sequences import documents
 
@@ -110,18 +109,29 @@ class InputCapture:
         lengths = torch.tensor([len(row) for row in self._sequences])
         tensors = {"tokens": torch.cat(self._sequences), "lengths": lengths}
         path = Path(folder) / FOLDER / file_name(STEM, ranks.everyone())
-        write_atomically(path, lambda temporary: save_file(tensors, temporary))
+        write_tensors(path, tensors, {"format": "mama-inputs-3"})
 
     def load(self, folder: str | Path) -> None:
-        """Takes up a rank's sequences; with another number of ranks they are dealt out again."""
+        """Takes up a rank's sequences; with another number of ranks they are dealt out again.
+
+        Raises `MamaError` if a file is damaged.
+        """
         group = ranks.everyone()
         paths = files_of(Path(folder) / FOLDER, STEM)[ranks.rank(group) :: ranks.size(group)]
         self._sequences = [row for path in paths for row in _read(path)]
 
 
 def _read(path: Path) -> list[Tensor]:
-    stored = load_file(path)
-    if "lengths" in stored:
-        return list(stored["tokens"].split(stored["lengths"].tolist()))
-    length = max(int(stored["length"]), 1)  # an earlier version's file: all tokens, and the longest row's length
-    return list(stored["tokens"][: len(stored["tokens"]) // length * length].split(length))
+    """The sequences of a file that `save` wrote. Raises `MamaError` if it is damaged."""
+    file = TensorFile(path, "inputs file", "delete it, so that the masks are calibrated on the next batches")
+    tokens, lengths = file.read("tokens"), file.read("lengths") if "lengths" in file.names else file.read("length")
+    if tokens.dtype != torch.int64 or tokens.dim() != 1 or lengths.dtype != torch.int64:
+        raise file.damaged("it holds no token ids and lengths")
+    if len(tokens) and not 0 <= int(tokens.min()) <= int(tokens.max()) < 1 << 31:
+        raise file.damaged("it holds no token ids")
+    if "lengths" not in file.names:  # an earlier version's: all tokens, and the longest row's length
+        length = max(1, min(int(lengths.max()), len(tokens)))
+        return list(tokens[: len(tokens) // length * length].split(length))
+    if lengths.dim() != 1 or (len(lengths) and int(lengths.min()) < 1) or int(lengths.sum()) != len(tokens):
+        raise file.damaged("its lengths are not those of its tokens")
+    return list(tokens.split(lengths.tolist()))

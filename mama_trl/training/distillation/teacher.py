@@ -8,6 +8,7 @@ from transformers import AutoConfig, PreTrainedModel
 from trl.trainer.utils import create_model_from_path
 
 from ...errors import MamaError, first_line
+from ..checks import check_source
 from .config import MamaDistillationConfig
 
 
@@ -29,6 +30,8 @@ def load_teacher(teacher: str | nn.Module | None, args: MamaDistillationConfig) 
             )
         return teacher
     options = dict(args.teacher_model_init_kwargs or {})
+    options.setdefault("trust_remote_code", args.trust_remote_code)
+    check_source(teacher, options["trust_remote_code"])
     dtype = options.get("dtype")
     if isinstance(dtype, str) and dtype != "auto" and not isinstance(getattr(torch, dtype, None), torch.dtype):
         raise MamaError(f"`teacher_model_init_kwargs` has the dtype {dtype!r}: use auto, float32, bfloat16 or float16.")
@@ -37,7 +40,6 @@ def load_teacher(teacher: str | nn.Module | None, args: MamaDistillationConfig) 
         options.setdefault("revision", args.teacher_model_revision)
     if args.distributed_state.distributed_type in ("MULTI_GPU", "DEEPSPEED"):
         options["device_map"] = None  # "auto" cannot be combined with several processes
-    options.setdefault("trust_remote_code", args.trust_remote_code)
     try:
         return create_model_from_path(teacher, **options)
     except (OSError, ValueError, KeyError) as error:

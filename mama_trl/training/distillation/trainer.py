@@ -11,7 +11,7 @@ from ...engines.frozen import prepared
 from ...errors import MamaError
 from ...model.sequences import Sequences
 from ..callback import MamaCallback
-from ..checks import check_arguments
+from ..checks import check_arguments, check_source
 from ..drop_in import config_for, from_training_arguments, signature_of
 from ..integrations import PruningCard
 from ..trl_private import note, note_tokens
@@ -50,6 +50,8 @@ class MamaDistillationTrainer(PruningCard, SFTTrainer):
         args = config_for(args, model, MamaDistillationConfig, SFTConfig, "SFT")
         check_arguments(arguments)
         _check_loss(args, arguments)
+        if isinstance(model, str):
+            check_source(model, args.trust_remote_code)
         teacher = load_teacher(teacher_model, args)
         config = student_config(model, args)
         if config is not None:

@@ -6,7 +6,7 @@ from trl import GRPOConfig, GRPOTrainer
 
 from ...model.sequences import Sequences
 from ..callback import MamaCallback
-from ..checks import check_arguments
+from ..checks import check_arguments, check_source
 from ..drop_in import config_for, signature_of
 from ..integrations import PruningCard
 from ..trl_private import let_sampler_load
@@ -42,6 +42,8 @@ class MamaGRPOTrainer(PruningCard, GRPOTrainer):
     def __init__(self, arguments: dict, *, calibration: Optional[Sequences] = None):
         args = config_for(arguments["args"], arguments["model"], MamaGRPOConfig, GRPOConfig, "GRPO")
         check_arguments(arguments)
+        if isinstance(arguments["model"], str):
+            check_source(arguments["model"], args.trust_remote_code)
         self.mama = RewardCallback(args, calibration, stage="grpo")
         self.mama.trainer = self
         callbacks = [self.mama, *(arguments["callbacks"] or [])]

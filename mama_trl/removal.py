@@ -1,0 +1,68 @@
+"""Deletes what this package wrote, by the names it writes, and nothing else. Links are never followed, nor deleted."""
+
+import fnmatch
+import os
+from pathlib import Path
+from typing import Mapping, Optional, Union
+
+# A folder by its entries: None for a file, a mapping for a folder. Names are shell patterns; "..." stands for the
+# mapping itself, once more.
+Names = Mapping[str, Union[None, str, "Names"]]
+AGAIN = "..."
+
+# What transformers, TRL and `MamaCallback` leave in the folder of a trained model.
+MODEL_NAMES: Names = {
+    **dict.fromkeys((
+        "config.json", "generation_config.json", "model.safetensors", "model-*-of-*.safetensors",
+        "model.safetensors.index.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
+        "added_tokens.json", "vocab.json", "merges.txt", "tokenizer.model", "chat_template.jinja", "training_args.bin",
+        "trainer_state.json", "optimizer.pt", "optimizer.bin", "scheduler.pt", "rng_state*.pth", "scaler.pt",
+        "README.md", ".*.tmp",
+    )),
+    "mama": {
+        **dict.fromkeys((
+            "masks*.safetensors", "statistics*.safetensors", "inputs*.safetensors", "state.json", "README.md", ".*.tmp"
+        )),
+    },
+    "checkpoint-*": AGAIN,
+    "completions": {"completions_*.parquet": None},
+    "runs": {"*": {"events.out.tfevents.*": None}},
+}
+
+
+def remove_written(folder: str | Path, names: Names) -> list[Path]:
+    """Deletes files of these names from a folder, then the folder if that leaves it empty.
+
+    Returns:
+        What stays, because it has another name, is a link, or cannot be deleted.
+    """
+    folder, stays = Path(folder), []
+    if folder.is_symlink() or not folder.is_dir():
+        return [folder] if os.path.lexists(folder) else []
+    for entry in sorted(os.scandir(folder), key=lambda entry: entry.name):
+        path = Path(entry.path)
+        inner = _inner(entry.name, names)
+        if inner is None and entry.is_file(follow_symlinks=False):
+            try:
+                path.unlink()
+                continue
+            except OSError:
+                pass
+        elif isinstance(inner, Mapping) and entry.is_dir(follow_symlinks=False):
+            stays += remove_written(path, inner)
+            continue
+        stays.append(path)
+    if not stays:
+        try:
+            folder.rmdir()
+        except OSError:
+            stays.append(folder)
+    return stays
+
+
+def _inner(name: str, names: Names) -> Optional[Union[bool, Names]]:
+    """None for a file that is to go, a mapping for a folder, False for a name that is not ours."""
+    for pattern, inner in names.items():
+        if fnmatch.fnmatchcase(name, pattern):
+            return names if inner == AGAIN else inner
+    return False
