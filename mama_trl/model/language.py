@@ -61,6 +61,14 @@ def context_length(model: nn.Module) -> Optional[int]:
     return next((int(value) for value in found if isinstance(value, int) and value > 0), None)
 
 
+def learned_positions(model: nn.Module) -> Optional[int]:
+    """How many positions a model has learned embeddings for, beyond which it cannot read at all; None if it has none."""
+    context, token = context_length(model), token_embedding(model)
+    tables = [each for each in model.modules() if isinstance(each, nn.Embedding) and each is not token]
+    found = context is not None and any(context <= table.num_embeddings <= context + 4 for table in tables)
+    return context if found else None
+
+
 def placeholder_ids(model: nn.Module) -> list[int]:
     """Token ids that stand for an image, a video or a sound, whose embedding is something else in the real input."""
     config = getattr(model, "config", None)

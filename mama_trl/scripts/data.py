@@ -1,13 +1,11 @@
 """Datasets of the training commands."""
 
-import os
 import string
-from pathlib import Path
-from typing import Iterable, Optional
+from typing import Optional
 
 from ..errors import MamaError, first_line, shown
-from ..evaluation.text import DATA_FORMATS, check_file_name
-from ..paths import is_file
+from ..evaluation.sources import KINDS, check_file_name, open_data
+from .rows import check_rows
 
 # Columns that tokenizers read, in every stage and where answers are learned.
 _ASKED = ("text", "prompt", "question")
@@ -22,41 +20,22 @@ def load_data(script_args, dataset_args):
     Raises:
         MamaError: nothing named, not loadable, empty, or without the training split.
     """
-    from datasets import load_dataset
     from trl import get_dataset
 
     name, split = script_args.dataset_name, script_args.dataset_train_split
     if not name and not dataset_args.datasets:
-        raise MamaError("`dataset_name` is missing: give a .txt or .jsonl file, a datasets name, or `datasets:`.")
-    if name and not dataset_args.datasets:
-        check_file_name(name)
-    try:
-        if dataset_args.datasets:
+        raise MamaError(f"`dataset_name` is missing: give {KINDS}, or `datasets:` in a recipe.")
+    if dataset_args.datasets:
+        try:
             data = get_dataset(dataset_args)
-        elif is_file(name):
-            data = _from_file(Path(name))
-        else:
-            data = load_dataset(name, name=script_args.dataset_config, streaming=script_args.dataset_streaming)
-    except MamaError:
-        raise
-    except Exception as error:  # builders raise anything, from parser errors to the hub's
-        raise MamaError(f"{name or '`datasets`'} cannot be loaded as a dataset: {first_line(error)}.") from None
+        except Exception as error:  # builders raise anything, from parser errors to the hub's
+            raise MamaError(f"{name or '`datasets`'} cannot be loaded as a dataset: {first_line(error)}.") from None
+    else:
+        check_file_name(name)
+        data = open_data(name, script_args.dataset_config, script_args.dataset_streaming)
     if split not in data:
         raise MamaError(f"`dataset_train_split` is {shown(split)}, but {name} has only {', '.join(map(str, data))}.")
     return data
-
-
-def _from_file(path: Path):
-    from datasets import load_dataset
-
-    if path.suffix not in DATA_FORMATS:
-        raise MamaError(f"`dataset_name` is {path}, of no known format: use {', '.join(DATA_FORMATS)}.")
-    if not os.access(path, os.R_OK):
-        raise MamaError(f"`dataset_name` is {path}, which cannot be read: check its permissions.")
-    if not path.stat().st_size:
-        raise MamaError(f"`dataset_name` is {path}, an empty file: give one with data.")
-    options = {"sample_by": "paragraph"} if path.suffix == ".txt" else {}
-    return load_dataset(DATA_FORMATS[path.suffix], data_files=str(path), **options)
 
 
 def split_data(data, script_args, training_args) -> tuple:
@@ -74,34 +53,13 @@ def split_data(data, script_args, training_args) -> tuple:
 def prepared(script_args, training_args, dataset_args, completions: bool) -> tuple:
     """`(training, evaluation or None)` with prompts made as `with_prompts` says."""
     parts = split_data(load_data(script_args, dataset_args), script_args, training_args)
-    for part in parts:
-        if part is not None:
-            check_rows(part, (*_ASKED, *(_ANSWERED if completions else ())))
+    read = (*_ASKED, *(_ANSWERED if completions else ()))
     return tuple(
-        None if part is None else with_prompts(part, script_args.prompt_template, script_args.chat, completions)
+        None if part is None else with_prompts(
+            check_rows(part, read), script_args.prompt_template, script_args.chat, completions
+        )
         for part in parts
     )
-
-
-def check_rows(dataset, columns: Iterable[str]) -> None:
-    """Raises `MamaError` if a dataset has no rows, or one of `columns` (those it has) holds anything but texts.
-
-    Lists stand for messages, and are left to TRL. Of a stream nothing is known before it is read.
-    """
-    features = getattr(dataset, "features", None)
-    if features is None or not hasattr(dataset, "data"):
-        return
-    if not len(dataset):
-        raise MamaError("the dataset has no rows: give one with data.")
-    for name in columns:
-        kind = features.get(name)
-        if kind is None or isinstance(kind, (list, dict)) or type(kind).__name__ in ("List", "LargeList", "Sequence"):
-            continue
-        if getattr(kind, "dtype", None) not in ("string", "large_string"):
-            raise MamaError(f"column `{name}` holds {getattr(kind, 'dtype', kind)}, no text: write texts in quotes.")
-        empty = dataset.data.column(name).null_count
-        if empty:
-            raise MamaError(f"column `{name}` is null in {empty} of {len(dataset)} rows: take them out.")
 
 
 def _check_template(template: str, columns: list[str]) -> None:
