@@ -25,7 +25,7 @@ def check_file_name(source: str) -> None:
     """Raises `MamaError` for a name that can only be a file and is none, before it is looked up on the hub."""
     looks_local = source.startswith((".", "/", "~")) or Path(source).suffix in (_TEXT, *FORMATS)
     if not exists(source) and (looks_local or not source.isprintable() or not 0 < len(source) < 1000):
-        raise MamaError(f"{shown(source)} does not exist: give {KINDS}.")
+        raise MamaError(f"{source} does not exist: give {KINDS}.")
 
 
 def is_plain_text(source: str | Path) -> bool:
