@@ -1,4 +1,4 @@
-"""One reader for all commands: the same documents in any form are the same text, and bad ones are said in one sentence."""
+"""One reader for all commands: the same documents in any form are one text, bad ones are said in one sentence."""
 
 import csv
 import json

@@ -1,1 +1,1 @@
-"""Our trainers against those they stand in for: every option of the parent, without masks the same, with masks exact."""
+"""Our trainers against those they stand in for: without masks the same, with masks exact zeros, every option."""

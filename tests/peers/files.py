@@ -1,4 +1,4 @@
-"""Zeros of saved models, read from safetensors files by the format's own description: nothing of the package is used."""
+"""Zeros of saved models, read by the description of safetensors alone: nothing of the package is used."""
 
 import json
 import struct
@@ -31,7 +31,7 @@ def zeros_in(folder, names) -> dict[str, numpy.ndarray]:
 
 
 def pruned_names(folder) -> list[str]:
-    """The matrices within blocks: all 2-D weights whose name has a number in it, but for norms, embeddings and mixtures."""
+    """The matrices within blocks: 2-D weights with a number in their name, but for norms, embeddings and mixtures."""
     return [
         name for name, values in weights_in(folder).items()
         if values.ndim == 2 and any(part.isdigit() for part in name.split(".")) and name.endswith(".weight")

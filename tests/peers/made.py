@@ -63,7 +63,9 @@ def rows(kind: str) -> list[dict]:
     made = {
         "text": lambda q, a: {"text": f"{q} makes {a}"},
         "messages": lambda q, a: {"messages": _turns(q, a)},
-        "conversations": lambda q, a: {"conversations": [{"from": "user", "value": q}, {"from": "assistant", "value": a}]},
+        "conversations": lambda q, a: {
+            "conversations": [{"from": "user", "value": q}, {"from": "assistant", "value": a}]
+        },
         "prompt-completion": lambda q, a: {"prompt": q, "completion": f" makes {a}"},
         "chat prompt-completion": lambda q, a: {"prompt": _turns(q, a)[:1], "completion": _turns(q, a)[1:]},
         "prompts": lambda q, a: {"prompt": q, "answer": a},
