@@ -2,6 +2,8 @@
 
 import tempfile
 
+from typing import Any
+
 from torch import nn
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 
@@ -16,9 +18,20 @@ from ..pruning.prune import check_redistribution
 from .persistence import check_limit
 
 
-def check_source(source: str, trust_remote_code: bool) -> None:
+# Options under which other files are loaded than those of the folder's or hub id's main branch.
+_ELSEWHERE = ("revision", "subfolder", "variant", "gguf_file", "config", "key_mapping", "state_dict")
+
+
+def check_source(source: str, options: Any, trust_remote_code: bool) -> None:
     """Raises `MamaError` for a model's folder or hub id of which a part would be left out or drawn at random when it is
-    loaded, or that is no language model. Vision-language models are left to their own loading."""
+    loaded, or that is no language model.
+
+    Vision-language models, and what `options` of `from_pretrained` look for elsewhere, are left to their own loading.
+    """
+    options = options if isinstance(options, dict) else {}
+    if any(options.get(name) not in (None, "main") for name in _ELSEWHERE):
+        return
+    trust_remote_code = options.get("trust_remote_code", trust_remote_code)
     if is_dir(source):
         named = load_config(source, trust_remote_code).architectures or [""]
         if named[0] in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES.values():

@@ -31,13 +31,13 @@ def load_teacher(teacher: str | nn.Module | None, args: MamaDistillationConfig) 
         return teacher
     options = dict(args.teacher_model_init_kwargs or {})
     options.setdefault("trust_remote_code", args.trust_remote_code)
-    check_source(teacher, options["trust_remote_code"])
+    if args.teacher_model_revision is not None:
+        options.setdefault("revision", args.teacher_model_revision)
+    check_source(teacher, options, args.trust_remote_code)
     dtype = options.get("dtype")
     if isinstance(dtype, str) and dtype != "auto" and not isinstance(getattr(torch, dtype, None), torch.dtype):
         raise MamaError(f"`teacher_model_init_kwargs` has the dtype {dtype!r}: use auto, float32, bfloat16 or float16.")
     options["dtype"] = getattr(torch, dtype) if isinstance(dtype, str) and dtype != "auto" else dtype or "auto"
-    if args.teacher_model_revision is not None:
-        options.setdefault("revision", args.teacher_model_revision)
     if args.distributed_state.distributed_type in ("MULTI_GPU", "DEEPSPEED"):
         options["device_map"] = None  # "auto" cannot be combined with several processes
     try:

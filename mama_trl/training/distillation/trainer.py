@@ -51,7 +51,7 @@ class MamaDistillationTrainer(PruningCard, SFTTrainer):
         check_arguments(arguments)
         _check_loss(args, arguments)
         if isinstance(model, str):
-            check_source(model, args.trust_remote_code)
+            check_source(model, args.model_init_kwargs, args.trust_remote_code)
         teacher = load_teacher(teacher_model, args)
         config = student_config(model, args)
         if config is not None:

@@ -43,7 +43,7 @@ class MamaGRPOTrainer(PruningCard, GRPOTrainer):
         args = config_for(arguments["args"], arguments["model"], MamaGRPOConfig, GRPOConfig, "GRPO")
         check_arguments(arguments)
         if isinstance(arguments["model"], str):
-            check_source(arguments["model"], args.trust_remote_code)
+            check_source(arguments["model"], args.model_init_kwargs, args.trust_remote_code)
         self.mama = RewardCallback(args, calibration, stage="grpo")
         self.mama.trainer = self
         callbacks = [self.mama, *(arguments["callbacks"] or [])]
