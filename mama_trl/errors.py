@@ -59,6 +59,13 @@ def warn_once(logger: logging.Logger, message: str) -> None:
     logger.warning(message)
 
 
+def root_of(error: BaseException) -> str:
+    """The first line of what led to an exception in the first place."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return first_line(error)
+
+
 def first_line(error: BaseException) -> str:
     """The first line of what an exception says, or its name: another library's error within a sentence of ours."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]

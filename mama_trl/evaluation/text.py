@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ..errors import MamaError, first_line, shown
+from ..errors import MamaError, first_line, root_of, shown
 from ..paths import exists, is_file
 
 
@@ -64,7 +64,7 @@ def _from_datasets(name: str, split: str) -> str:
         dataset = load_dataset(name, split=split)
     except Exception as error:
         raise MamaError(
-            f"{name} is neither a file nor a dataset that can be loaded ({first_line(error)}): give a .txt file, a "
+            f"{name} is neither a file nor a dataset that can be loaded ({root_of(error)}): give a .txt file, a "
             ".jsonl file with `text`, or a datasets name."
         ) from None
     if "text" not in dataset.column_names:

@@ -10,11 +10,12 @@ from torch import Tensor, nn
 
 from ..calibration.progress import Progress
 from ..errors import MamaError, shown
-from ..folders import is_file, write_json
 from ..masks.bits import bytes_for, pack_bits, unpack_bits
 from ..masks.tensors import TensorFile, write_tensors
 from ..model.targets import Target
+from ..paths import is_file
 from ..removal import remove_written
+from ..writing import write_json
 
 logger = logging.getLogger(__name__)
 FOLDER = ".progress"  # inside the output folder, removed at the end

@@ -64,6 +64,8 @@ def main(training_args, script_args, model_args, dataset_args) -> None:
         for column, needed in (("prompt", True), ("answer", "accuracy" in script_args.reward_funcs)):
             if needed and column not in columns:
                 raise MamaError(f"the dataset has no column `{column}`, only {', '.join(columns)}: rename one.")
+            if needed:
+                data.check_filled(train_data, column)
         tokenizer = training.tokenizer_of(training_args, model_args)
         if script_args.chat and tokenizer.chat_template is None:
             raise MamaError(f"`chat` is set, but {model_args.model_name_or_path} has no chat template: leave it out.")

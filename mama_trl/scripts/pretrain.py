@@ -65,6 +65,7 @@ def main(config, script_args, training_args, model_args, dataset_args) -> None:
         for part in (train_data, eval_data):
             if part is not None:
                 data.check_rows(part, [training_args.dataset_text_field])
+                data.check_learnable(part, training_args.dataset_text_field)
         options = training.model_options(training_args, model_args)
         tokenizer = training.tokenizer_of(training_args, model_args)
         model = source
