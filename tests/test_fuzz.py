@@ -21,6 +21,7 @@ from transformers import AutoModelForCausalLM
 
 from mama_trl import MamaConfig, MamaDistillationConfig, MamaGRPOConfig
 from mama_trl.cli import COMMANDS, TRAINING, main
+from mama_trl.compare import comparison
 from mama_trl.config import PruningOptions
 from mama_trl.demo import pipeline
 from mama_trl.demo.stage_file import read_stage, write_stage
@@ -113,8 +114,9 @@ NAMES = [option.name for option in fields(MamaConfig)]
 THEIRS = [
     "learning_rate", "max_steps", "num_train_epochs", "per_device_train_batch_size", "output_dir", "seed", "optim",
     "lr_scheduler_type", "report_to", "model_init_kwargs", "eval_strategy", "save_steps", "logging_steps", "bf16",
-    "run_name", "gradient_checkpointing", "adam_beta2", "warmup_steps", "max_length", "temperature", "cross_entropy_weight",
-    "beta", "num_generations", "reward_weights", "scale_rewards", "loss_type", "fsdp", "accelerator_config", "dataset_kwargs",
+    "run_name", "gradient_checkpointing", "adam_beta2", "warmup_steps", "max_length", "temperature", "beta",
+    "cross_entropy_weight", "num_generations", "reward_weights", "scale_rewards", "loss_type", "fsdp",
+    "accelerator_config", "dataset_kwargs",
 ]
 
 
@@ -160,9 +162,10 @@ def halted(monkeypatch):
     for name in COMMANDS:
         module = import_module(f"mama_trl.scripts.{name}")
         monkeypatch.setattr(module, "make_parser", lru_cache(maxsize=1)(module.make_parser))
-    for module, name in ((loading, "load_model"), (training, "trainer_of"), (pipeline, "_stages")):
-        monkeypatch.setattr(module, name, reached)
-    monkeypatch.setattr("mama_trl.compare.comparison.load_model", reached)
+    for module in (loading, comparison):
+        monkeypatch.setattr(module, "load_model", reached)
+    monkeypatch.setattr(training, "trainer_of", reached)
+    monkeypatch.setattr(pipeline, "_stages", reached)
     monkeypatch.setattr(training_parser, "hand_over", reached)
 
 
