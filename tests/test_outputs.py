@@ -284,7 +284,8 @@ def small_disk(tmp_path):
 @pytest.mark.parametrize("command", ["prune", "sft", "evaluate", "levels"])
 def test_a_full_disk_is_one_sentence_and_nothing_is_half_written(shared, small_disk, capsys, command, free):
     filler = small_disk / "filler"
-    filler.write_bytes(b"x" * 1024 * (148 - free))
+    disk = os.statvfs(small_disk)
+    filler.write_bytes(bytes(disk.f_bavail * disk.f_frsize - 1024 * free))
     out = small_disk / ("out.json" if command == "evaluate" else "out")
     argv = [*with_output(command_line(shared, command), out)]
     argv += {"sft": ["--save_steps", "1", "--max_length", "16"], "levels": ["--methods", "magnitude"]}.get(command, [])
