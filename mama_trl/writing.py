@@ -19,6 +19,7 @@ def write_atomically(path: Path, write) -> None:
     A link at `path` is replaced, not followed.
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    created = [folder for folder in path.parents if not folder.exists()]
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary.unlink(missing_ok=True)
@@ -34,8 +35,10 @@ def write_atomically(path: Path, write) -> None:
     finally:
         try:
             temporary.unlink(missing_ok=True)
+            for folder in created if not path.exists() else ():
+                folder.rmdir()
         except OSError:
-            pass  # what went wrong has been said
+            pass  # what went wrong has been said; or something else has come into the folder
 
 
 def write_folder(folder: Path, write: Callable[[Path], None], before: Callable[[Path], None]) -> None:
