@@ -5,6 +5,7 @@ import reprlib
 from functools import lru_cache
 
 LIMIT = 290  # characters of a sentence, so that `mama: ` before it fits into 300
+_REASON = 100  # of them for what another library says, so that names of files beside it stay whole
 _LEAST_WORD = 40  # a long name is shortened to no less
 
 
@@ -71,4 +72,4 @@ def first_line(error: BaseException) -> str:
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     if len(lines) > 1 and lines[0].endswith(":"):
         lines[0] += f" {lines[1]}"
-    return one_line(lines[0], 200).rstrip(".") if lines else type(error).__name__
+    return one_line(lines[0], _REASON).rstrip(".") if lines else type(error).__name__

@@ -58,9 +58,11 @@ def tree(folder: Path) -> dict[str, str]:
 def unchanged(folder: Path):
     """Fails if anything beneath `folder` is another afterwards."""
     before = tree(folder)
-    yield
-    after = tree(folder)
-    assert after == before, sorted(set(before.items()) ^ set(after.items()))
+    try:
+        yield
+    finally:
+        after = tree(folder)
+        assert after == before, sorted(set(before.items()) ^ set(after.items()))
 
 
 @contextmanager

@@ -316,8 +316,8 @@ def test_a_lock_ends_with_its_process(tmp_path):
     out = tmp_path / "out"
     code = (
         "import os, sys, time\nfrom mama_trl.lock import locked\n"
-        "with locked(sys.argv[1]):\n    child = os.fork()\n    if not child:\n        time.sleep(60)\n"
-        "    print(child, flush=True)\n    time.sleep(60)\n"
+        "with locked(sys.argv[1]):\n    if not os.fork():\n        print(os.getpid(), flush=True)\n"
+        "    time.sleep(60)\n"
     )
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     command = [sys.executable, "-c", code, out]
