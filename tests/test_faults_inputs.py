@@ -88,7 +88,7 @@ def test_a_recipe_that_makes_no_sense_leaves_nothing_behind(recipe, tmp_path, ha
         path.write_text(json.dumps(recipe))
     with unchanged(tmp_path):
         said = refused(capsys, "run", path)
-        theirs = ("lr_scheduler_kwargs", "report_to", "optim", "rope_parameters")  # in the words of those who refuse them
+        theirs = ("lr_scheduler_kwargs", "report_to", "optim", "rope_parameters")  # in others' words
         assert section in said and (key in said or key in theirs or (key, value) == ("output_dir", ""))
         refused(capsys, "run", path, "--overwrite")
 

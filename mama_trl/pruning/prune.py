@@ -13,7 +13,7 @@ from ..calibration.grams import Measured
 from ..calibration.progress import Progress
 from ..calibration.stagewise import stagewise
 from ..config import RECORDED_BUDGETS, PruningOptions, check_choice
-from ..errors import MamaError
+from ..errors import MamaError, shown
 from ..indicators.calibration_gradients import sensitivities
 from ..indicators.combine import Criterion
 from ..indicators.source import ScoreSource, StoredScores
@@ -65,6 +65,7 @@ def prune(
         MamaError: a value makes no sense or would have no effect, or calibration tokens or scores are missing.
     """
     options = PruningOptions(sparsity=sparsity, **options)
+    check_calibration(calibration)
     if isinstance(method, str):
         method = METHODS[check_choice(method, tuple(METHODS), "method")]
     scores = scores if scores is not None else StoredScores()
@@ -89,6 +90,17 @@ def prune(
     result = placement.masks(options.pattern)
     result.apply()
     return result
+
+
+def check_calibration(calibration: Optional[Tensor]) -> None:
+    """Raises `MamaError` if `calibration` is given and is no token ids."""
+    if calibration is None:
+        return
+    if not isinstance(calibration, Tensor) or calibration.dim() != 2 or calibration.is_floating_point():
+        found = list(calibration.shape) if isinstance(calibration, Tensor) else shown(calibration)
+        raise MamaError(f"`calibration` is {found}: give token ids, whole numbers of shape (n, sequence_length).")
+    if not calibration.numel() or calibration.shape[1] < 2:
+        raise MamaError(f"`calibration` has shape {list(calibration.shape)}: give sequences of at least two tokens.")
 
 
 def check_method(options: PruningOptions, method: Method, calibration: bool) -> None:

@@ -42,6 +42,7 @@ class RunState:
     """
 
     def __init__(self, model: nn.Module, config: MamaConfig, stage: str):
+        MamaConfig.__post_init__(config)  # what has been set since it was made is checked like what it was made with
         self.config, self.stage = config, stage
         self.engine = engine_of(model)  # single, ddp, zero1, zero2, zero3 or fsdp2
         self.model = unwrap(model)
