@@ -5,6 +5,7 @@ import reprlib
 from functools import lru_cache
 
 LIMIT = 290  # characters of a sentence, so that `mama: ` before it fits into 300
+_REASON = 100  # of them for what another library says, so that names of files beside it stay whole
 _LEAST_WORD = 40  # a long name is shortened to no less
 
 
@@ -59,9 +60,16 @@ def warn_once(logger: logging.Logger, message: str) -> None:
     logger.warning(message)
 
 
+def root_of(error: BaseException) -> str:
+    """The first line of what led to an exception in the first place."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return first_line(error)
+
+
 def first_line(error: BaseException) -> str:
     """The first line of what an exception says, or its name: another library's error within a sentence of ours."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     if len(lines) > 1 and lines[0].endswith(":"):
         lines[0] += f" {lines[1]}"
-    return one_line(lines[0], 200).rstrip(".") if lines else type(error).__name__
+    return one_line(lines[0], _REASON).rstrip(".") if lines else type(error).__name__

@@ -2,6 +2,7 @@
 
 import fnmatch
 import os
+import re
 from pathlib import Path
 from typing import Mapping, Optional, Union
 
@@ -21,13 +22,20 @@ MODEL_NAMES: Names = {
     )),
     "mama": {
         **dict.fromkeys((
-            "masks*.safetensors", "statistics*.safetensors", "inputs*.safetensors", "state.json", "README.md", ".*.tmp"
+            "masks*.safetensors", "statistics*.safetensors", "inputs*.safetensors", "regime*.safetensors",
+            "state.json", "README.md", ".*.tmp"
         )),
     },
     "checkpoint-*": AGAIN,
     "completions": {"completions_*.parquet": None},
     "runs": {"*": {"events.out.tfevents.*": None}},
 }
+
+# Weights as `save_pretrained` names them, and this package's masks; other people's files are none of these.
+_MODEL_FILES = re.compile(
+    r"(model|pytorch_model)(-\d+-of-\d+)?\.(safetensors|bin)|(model\.safetensors|pytorch_model\.bin)\.index\.json"
+)
+_MASK_FILES = re.compile(r"(masks|statistics|inputs|regime)(-\d+-of-\d+)?\.safetensors|state\.json")
 
 
 def remove_written(folder: str | Path, names: Names) -> list[Path]:
@@ -66,3 +74,20 @@ def _inner(name: str, names: Names) -> Optional[Union[bool, Names]]:
         if fnmatch.fnmatchcase(name, pattern):
             return names if inner == AGAIN else inner
     return False
+
+
+def remove_model_files(folder: Path) -> None:
+    """Removes an earlier model's weights and masks, so that stale shards never lie beside the new ones."""
+    remove_weights(folder)
+    _remove(folder / "mama", _MASK_FILES)
+
+
+def remove_weights(folder: Path) -> None:
+    """Removes an earlier model's weights."""
+    _remove(folder, _MODEL_FILES)
+
+
+def _remove(folder: Path, ours: re.Pattern) -> None:
+    for entry in list(os.scandir(folder)) if folder.is_dir() and not folder.is_symlink() else ():
+        if ours.fullmatch(entry.name) and not entry.is_dir(follow_symlinks=False):
+            os.unlink(entry.path)

@@ -6,7 +6,6 @@
 import json
 import math
 import os
-import random
 import shutil
 from dataclasses import fields
 from functools import lru_cache
@@ -18,10 +17,11 @@ import torch
 import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM
 
 from mama_trl import MamaConfig, MamaDistillationConfig, MamaGRPOConfig
 from mama_trl.cli import COMMANDS, TRAINING, main
+from mama_trl.compare import comparison
 from mama_trl.config import PruningOptions
 from mama_trl.demo import pipeline
 from mama_trl.demo.stage_file import read_stage, write_stage
@@ -38,10 +38,8 @@ from mama_trl.report.html import page_of
 from mama_trl.scripts import training, training_parser
 from mama_trl.training.inputs import _read as read_inputs
 
-from .faults import Reached, sentence_of, tree
-from .tiny_tokenizer import tiny_tokenizer
+from .faults import ROOT, Reached, command_line, furnish, sentence_of, tiny_model, tree
 
-ROOT = Path(__file__).resolve().parents[1]
 SHARES = {"config": 150, "yaml": 60, "recipe": 60, "flags": 110, "damage": 120}
 assert sum(SHARES.values()) == 500
 
@@ -70,8 +68,9 @@ MANY = pytest.mark.parametrize("many", [False, pytest.param(True, marks=[pytest.
 
 WORDS = [
     "false", "true", "no", "1e-3", "nan", "inf", "-1", "0", "1", "0.5", "2:4", "4:8", "mlp", "", " ", "row", "global",
-    "matrix", "cubic", "hold", "oneshot", "reward", "sensitivity", "activation", "magnitude=2", "none", "steps", "x" * 9000,
-    "\ud800", "a\0b", "{", "[", "(", "../..", "/", "~", ".", "2_4", "١", "9" * 5000, "{question}", "\x1b[31m", "linear",
+    "matrix", "cubic", "hold", "oneshot", "reward", "sensitivity", "activation", "magnitude=2", "none", "steps",
+    "x" * 9000, "\ud800", "a\0b", "{", "[", "(", "../..", "/", "~", ".", "2_4", "١", "9" * 5000, "{question}", "linear",
+    "\x1b[31m",
 ]
 NUMBERS = st.one_of(
     st.integers(-3, 12), st.integers(), st.sampled_from([10**30, -(2**63), 10**400, 2**32]),
@@ -80,6 +79,11 @@ NUMBERS = st.one_of(
 TEXTS = st.one_of(st.sampled_from(WORDS), st.text(max_size=8))
 ATOMS = st.one_of(st.none(), st.booleans(), NUMBERS, TEXTS)
 VALUES = st.one_of(ATOMS, ATOMS, st.lists(ATOMS, max_size=3), st.dictionaries(TEXTS, ATOMS, max_size=2))
+
+
+def written_out(number) -> str:
+    """A number as somebody types it."""
+    return "9" * 5000 if abs(number) > 1e300 else str(number)
 
 
 def holds(kind, value) -> bool:
@@ -98,8 +102,8 @@ def holds(kind, value) -> bool:
 
 def check_config(config, given_values: dict) -> None:
     for option in fields(MamaConfig if isinstance(config, MamaConfig) else PruningOptions):
-        value = getattr(config, option.name)
-        assert holds(MamaConfig.__annotations__.get(option.name, PruningOptions.__annotations__.get(option.name)), value)
+        annotations = {**PruningOptions.__annotations__, **MamaConfig.__annotations__}
+        assert holds(annotations[option.name], getattr(config, option.name))
     for name in ("target_modules", "exclude_modules", "indicators", "statistics"):
         if isinstance(given_values.get(name), str):
             assert getattr(config, name) == [given_values[name]]
@@ -109,9 +113,10 @@ def check_config(config, given_values: dict) -> None:
 NAMES = [option.name for option in fields(MamaConfig)]
 THEIRS = [
     "learning_rate", "max_steps", "num_train_epochs", "per_device_train_batch_size", "output_dir", "seed", "optim",
-    "lr_scheduler_type", "report_to", "model_init_kwargs", "eval_strategy", "save_steps", "logging_steps", "bf16", "run_name",
-    "gradient_checkpointing", "adam_beta2", "warmup_steps", "max_length", "temperature", "cross_entropy_weight", "beta",
-    "num_generations", "reward_weights", "scale_rewards", "loss_type", "fsdp", "accelerator_config", "dataset_kwargs",
+    "lr_scheduler_type", "report_to", "model_init_kwargs", "eval_strategy", "save_steps", "logging_steps", "bf16",
+    "run_name", "gradient_checkpointing", "adam_beta2", "warmup_steps", "max_length", "temperature", "beta",
+    "cross_entropy_weight", "num_generations", "reward_weights", "scale_rewards", "loss_type", "fsdp",
+    "accelerator_config", "dataset_kwargs",
 ]
 
 
@@ -144,22 +149,7 @@ def test_fields_of_every_config(many):
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
     """`model`, `teacher`, texts, a recipe, and a folder that holds somebody's work."""
-    root = tmp_path_factory.mktemp("fuzz")
-    tokenizer = tiny_tokenizer()
-    shape = {
-        "vocab_size": len(tokenizer), "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2,
-        "num_attention_heads": 2, "num_key_value_heads": 2, "max_position_embeddings": 32,
-    }
-    for name, seed in (("model", 0), ("teacher", 1)):
-        torch.manual_seed(seed)
-        LlamaForCausalLM(LlamaConfig(**shape)).save_pretrained(root / name)
-        tokenizer.save_pretrained(root / name)
-    text = "\n\n".join(f"{a} plus {b} makes {a + b}." for a in range(9) for b in range(9))
-    (root / "train.txt").write_text(text)
-    (root / "task.jsonl").write_text("".join(json.dumps({"question": f"{a}+1?", "answer": f"{a + 1}"}) + "\n" for a in range(9)))
-    (root / "work").mkdir()
-    (root / "work" / "thesis.txt").write_text("years of work")
-    return root
+    return furnish(tmp_path_factory.mktemp("fuzz"))
 
 
 @pytest.fixture
@@ -172,9 +162,10 @@ def halted(monkeypatch):
     for name in COMMANDS:
         module = import_module(f"mama_trl.scripts.{name}")
         monkeypatch.setattr(module, "make_parser", lru_cache(maxsize=1)(module.make_parser))
-    for module, name in ((loading, "load_model"), (training, "trainer_of"), (pipeline, "_stages")):
-        monkeypatch.setattr(module, name, reached)
-    monkeypatch.setattr("mama_trl.compare.comparison.load_model", reached)
+    for module in (loading, comparison):
+        monkeypatch.setattr(module, "load_model", reached)
+    monkeypatch.setattr(training, "trainer_of", reached)
+    monkeypatch.setattr(pipeline, "_stages", reached)
     monkeypatch.setattr(training_parser, "hand_over", reached)
 
 
@@ -193,27 +184,8 @@ def run(place: Path, capsys, argv: list[str]) -> None:
     after = tree(place)
     lost = {name for name, content in before.items() if after.get(name) != content}
     assert not lost, lost
-    for name in set(after) - set(before):
-        shutil.rmtree(place / name, ignore_errors=True) if (place / name).is_dir() else (place / name).unlink(missing_ok=True)
-
-
-def base(place: Path, command: str) -> list[str]:
-    """A command that would do its work."""
-    model, text, out = place / "model", place / "train.txt", place / "out"
-    if command in TRAINING:
-        argv = [command, "--model_name_or_path", model, "--dataset_name", text, "--output_dir", out, "--use_cpu", "true",
-                "--bf16", "false", "--max_steps", "2"]
-        if command == "distill":
-            argv += ["--teacher_model_name_or_path", place / "teacher"]
-        return argv if command != "grpo" else [*argv[:4], place / "task.jsonl", *argv[5:]]
-    return {
-        "prune": ["prune", model, "--calibration", text, "--output", out],
-        "evaluate": ["evaluate", model, "--text", text, "--json", place / "numbers.json"],
-        "levels": ["levels", model, "--calibration", text, "--text", text, "--output", out],
-        "ablation": ["ablation", model, "--calibration", text, "--text", text, "--output", out],
-        "report": ["report", place / "work"],
-        "run": ["run", ROOT / "configs" / "demo.yaml", "--output_dir", out],
-    }[command]
+    for path in (place / name for name in set(after) - set(before)):
+        shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
 
 
 def some_yaml(value) -> str:
@@ -225,22 +197,26 @@ def some_yaml(value) -> str:
 
 @MANY
 def test_files_of_settings(place, halted, capsys, many):
-    names = [*NAMES, *THEIRS, "dataset_name", "teacher_model_name_or_path", "overwrite", "reward_funcs", "env", "datasets"]
+    names = [*NAMES, *THEIRS, "dataset_name", "teacher_model_name_or_path", "overwrite", "reward_funcs", "env"]
 
     @both_suites("yaml")
     def check(command, values, text, raw):
         path = place / "settings.yaml"
-        path.write_bytes(raw if raw is not None else (text if text is not None else some_yaml(values)).encode("utf-8", "replace"))
-        run(place, capsys, [*base(place, command), "--config", path])
+        text = text if text is not None else some_yaml(values)
+        path.write_bytes(raw if raw is not None else text.encode("utf-8", "replace"))
+        run(place, capsys, [*command_line(place, command), "--config", path])
         path.unlink()
 
     check(many=many, strategies={
         "command": st.sampled_from(list(TRAINING)),
         "values": st.dictionaries(st.sampled_from(names), VALUES, min_size=1, max_size=3),
-        "text": st.one_of(st.none(), st.none(), st.none(), st.text(max_size=30), st.sampled_from(
-            ["- a", "a: 1\n---\nb: 2", "a: [", "a: " + "[" * 3000, "a: &x [*x]", "sparsity: 0.5\nsparsity: 0.6", "? [1]\n: 2"]
-        )),
-        "raw": st.one_of(st.none(), st.none(), st.none(), st.binary(max_size=20), st.just("sparsity: 0.5".encode("utf-16"))),
+        "text": st.one_of(st.none(), st.none(), st.none(), st.text(max_size=30), st.sampled_from([
+            "- a", "a: 1\n---\nb: 2", "a: [", "a: " + "[" * 3000, "a: &x [*x]", "sparsity: 0.5\nsparsity: 0.6",
+            "? [1]\n: 2",
+        ])),
+        "raw": st.one_of(
+            st.none(), st.none(), st.none(), st.binary(max_size=20), st.just("sparsity: 0.5".encode("utf-16"))
+        ),
     })
 
 
@@ -262,8 +238,8 @@ def test_recipes(place, halted, capsys, many):
                 values[section][name] = value
         path = place / "recipe.yaml"
         path.write_text(some_yaml(values))
-        argv = ["run", path, *(["--overwrite"] if overwrite else []), *(["--output_dir", output(place)] if output else [])]
-        run(place, capsys, argv)
+        argv = ["run", path, *(["--overwrite"] if overwrite else [])]
+        run(place, capsys, argv + (["--output_dir", output(place)] if output else []))
         path.unlink()
 
     check(many=many, strategies={
@@ -286,7 +262,7 @@ def test_flags_of_every_command(place, halted, capsys, monkeypatch, many):
 
     @both_suites("flags")
     def check(command, picks, values, somewhere):
-        argv = list(base(place, command))
+        argv = list(command_line(place, command))
         for pick, value in zip(picks, values):
             argv += [flags[command][pick % len(flags[command])], value]
         if somewhere is not None and command != "run":
@@ -296,7 +272,7 @@ def test_flags_of_every_command(place, halted, capsys, monkeypatch, many):
     check(many=many, strategies={
         "command": st.sampled_from(list(COMMANDS)),
         "picks": st.lists(st.integers(0, 10**6), min_size=1, max_size=3),
-        "values": st.lists(st.one_of(TEXTS, NUMBERS.map(lambda n: "9" * 5000 if abs(n) > 1e300 else str(n))), min_size=3, max_size=3),
+        "values": st.lists(st.one_of(TEXTS, NUMBERS.map(written_out)), min_size=3, max_size=3),
         "somewhere": st.sampled_from([
             None, None, None, None, lambda p: p / "model", lambda p: p / "work", lambda p: p / "train.txt", lambda p: p,
             lambda p: p / "model" / "sub",
@@ -311,15 +287,9 @@ def test_flags_of_every_command(place, halted, capsys, monkeypatch, many):
 def written(tmp_path_factory):
     """One file of each kind that is written or read: (path, reader that gives something comparable)."""
     root = tmp_path_factory.mktemp("written")
-    tokenizer = tiny_tokenizer()
-    torch.manual_seed(0)
-    model = LlamaForCausalLM(LlamaConfig(
-        vocab_size=len(tokenizer), hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2,
-        num_key_value_heads=2, max_position_embeddings=32,
-    ))
+    model = AutoModelForCausalLM.from_pretrained(tiny_model(root / "model", num_hidden_layers=1))
     masks = prune(model, method="magnitude", sparsity=0.5, progress=False)
     model.save_pretrained(root / "model")
-    tokenizer.save_pretrained(root / "model")
     masks.save(root / "model")
     save_packed(model, masks, root / "packed.safetensors")
     from mama_trl.engines.detect import shards_of
@@ -443,4 +413,3 @@ def test_damaged_files_of_every_kind(written, many):
         "noise": st.binary(min_size=1, max_size=16),
         "value": VALUES.filter(lambda v: not (isinstance(v, float) and v != v)),
     })
-    assert random.random() >= 0  # hypothesis leaves the generator as it was

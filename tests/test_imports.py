@@ -12,12 +12,12 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 # From the top of the house to its ground: a room may import those behind it, never those before it.
 ROOMS = (
     "cli", "scripts", "demo", "compare", "report", "training", "export", "evaluation", "pruning", "calibration",
-    "solvers", "indicators", "selection", "masks", "model", "engines", "lock", "removal", "folders", "paths",
-    "yaml_files", "machine", "config", "fields", "errors",
+    "solvers", "indicators", "selection", "masks", "model", "engines", "lock", "removal", "folders", "writing",
+    "paths", "yaml_files", "machine", "config", "fields", "errors",
 )
-GROUND = ("errors", "fields", "config", "machine", "yaml_files", "paths", "folders", "removal", "lock")
+GROUND = ("errors", "fields", "config", "machine", "yaml_files", "paths", "writing", "folders", "removal", "lock")
 ALLOWED = {
-    "report": {"report", "folders", "paths", "errors"},
+    "report": {"report", "writing", "errors"},
     "solvers": {"solvers", "indicators", "selection", "errors"},
     "export": {"export", "masks", "model", "engines", *GROUND},
     "evaluation": {"evaluation", "masks", "model", "engines", *GROUND},

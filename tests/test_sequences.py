@@ -82,10 +82,10 @@ def test_one_shot_pruning_takes_sequences_of_any_lengths(make_model, rows):
         assert prune(model, some, method, 0.6, progress=False).verify(model) == 0
     equal = [prune(make_model("llama"), form, "mama", 0.6, progress=False) for form in (rows[:8], list(rows[:8]))]
     assert equal[0].digest() == equal[1].digest()
-    for wrong in (rows[:4].float(), rows[0], [], [rows[:2]], "text", rows[:0]):
-        with pytest.raises(MamaError, match="wants token ids"):
+    for wrong in (rows[:4].float(), rows[0], [], [rows[:2]], "text", rows[:0], rows[:, :1]):
+        with pytest.raises(MamaError, match="`calibration` (is|has)"):
             prune(make_model("llama"), wrong, "mama", 0.6, progress=False)
-        with pytest.raises(MamaError, match="wants token ids"):
+        with pytest.raises(MamaError, match="`calibration` (is|has)"):
             MamaCallback(MamaConfig(), calibration=wrong)
 
 

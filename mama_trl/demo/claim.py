@@ -6,9 +6,10 @@ from pathlib import Path
 from typing import Any, Optional
 
 from ..errors import MamaError, first_line
-from ..folders import LOCK, OUR_FOLDERS, check_links, check_output_dir, holds_something, write_json
+from ..folders import LOCK, OUR_FOLDERS, check_links, check_output_dir, holds_something
 from ..paths import check_not_written
 from ..removal import remove_written
+from ..writing import write_json
 from .names import RUN_FILE, RUN_NAMES
 from .recipe import FORMAT, RunConfig
 

@@ -72,7 +72,7 @@ class ModelShape:
                 )
         head = self.head_dim or self.hidden_size // self.num_attention_heads
         if head % 2:
-            raise MamaError(f"{where}, a head has {head} dimensions, which rotary positions cannot pair: make it even.")
+            raise MamaError(f"{where}, `head_dim` is {head}, which rotary positions cannot pair: make it even.")
         if self.max_position_embeddings is not None and self.max_position_embeddings < length:
             raise MamaError(
                 f"{where}, `max_position_embeddings` is {self.max_position_embeddings}, less than the data's "

@@ -8,6 +8,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PretrainedConfig
 from trl import SFTConfig
 
 from ..errors import MamaError, first_line
+from ..evaluation.weights import check_memory
 from ..fields import check_mapping
 from ..training.distillation.config import MamaDistillationConfig
 from ..training.grpo.config import MamaGRPOConfig
@@ -69,7 +70,8 @@ def check_shape(shape: dict[str, Any], vocabulary: int) -> PretrainedConfig:
     try:
         config = LlamaConfig(vocab_size=vocabulary, **shape)
         with torch.device("meta"):
-            LlamaForCausalLM(config)
+            model = LlamaForCausalLM(config)
     except Exception as error:  # transformers checks with exceptions of many kinds
         raise MamaError(f"section model describes no Llama that can be built: {first_line(error)}.") from None
+    check_memory("section model", model)
     return config

@@ -45,7 +45,7 @@ def check_model_source(source: str, needs_weights: bool = True, trust_remote_cod
         weights.check_architecture(source, config)
         weights.check_weights(source, folder, config)
     else:
-        weights.sketch(source, config)
+        weights.check_memory(source, weights.sketch(source, config))
 
 
 def local_folder(source: str) -> Optional[Path]:

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import os
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Iterator
@@ -57,6 +58,17 @@ def sketch(source: str, config: PretrainedConfig) -> torch.nn.Module:
             return model_class(config)
     except Exception as error:  # whatever a config of any content makes a constructor say
         raise MamaError(f"the config.json of {source} describes no model: {first_line(error)}.") from None
+
+
+def check_memory(source: str, model: torch.nn.Module) -> None:
+    """Raises `MamaError` if a sketched model has more parameters than this machine's memory could hold in fp32."""
+    wanted = 4 * sum(parameter.numel() for parameter in model.parameters())
+    there = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    if wanted > there:
+        raise MamaError(
+            f"{source} describes a model of {wanted / 2**30:,.0f} GiB, and this machine has {there / 2**30:,.0f}: make "
+            "it smaller."
+        )
 
 
 def check_weights(source: str, folder: Path, config: PretrainedConfig) -> None:

@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ..errors import MamaError, first_line, warn_once
-from ..folders import write_atomically
+from ..writing import write_atomically
 
 logger = logging.getLogger(__name__)
 # Of the tensors, 8 hexadecimal digits each in the order of their names, and of all other entries of the header.

@@ -11,24 +11,30 @@ import torch
 from torch import Tensor
 
 from ..engines import ranks
-from ..errors import MamaError
+from ..errors import MamaError, shown
 
 Sequences = Union[Tensor, Sequence[Tensor]]
 
 
 def check_sequences(sequences: Optional[Sequences]) -> None:
-    """Raises `MamaError` for calibration that is no token ids: not whole numbers, not one row a sequence, or empty."""
+    """Raises `MamaError` for calibration that is given and is no token ids, or too few to predict any."""
     if sequences is None:
         return
-    rows = [sequences] if isinstance(sequences, Tensor) else sequences
-    dimensions = 2 if isinstance(sequences, Tensor) else 1
-    right = isinstance(rows, (list, tuple)) and all(
-        isinstance(row, Tensor) and row.dtype in (torch.int64, torch.int32) and row.dim() == dimensions for row in rows
-    )
-    if not right or not sum(row.numel() for row in rows):
+    whole = isinstance(sequences, Tensor)
+    rows = [sequences] if whole else sequences
+    if not isinstance(rows, (list, tuple)) or not all(_are_ids(row, 2 if whole else 1) for row in rows):
+        found = list(sequences.shape) if whole else shown(sequences)
         raise MamaError(
-            "`calibration` wants token ids: int64 (n, sequence_length), or a list of 1-D tensors, at least one token."
+            f"`calibration` is {found}: give token ids, whole numbers of shape (n, sequence_length), or a list of 1-D "
+            "tensors."
         )
+    if not sum(row.numel() for row in rows) or min(row.shape[-1] for row in rows) < 2:
+        shape = list(sequences.shape) if whole else [list(row.shape) for row in rows[:3]]
+        raise MamaError(f"`calibration` has shape {shape}: give sequences of at least two tokens.")
+
+
+def _are_ids(row: object, dimensions: int) -> bool:
+    return isinstance(row, Tensor) and row.dim() == dimensions and row.dtype in (torch.int64, torch.int32)
 
 
 def spread_evenly(sequences: Sequences, count: int) -> Sequences:

@@ -66,9 +66,9 @@ def prune(
         MamaError: a value makes no sense or would have no effect, or calibration tokens or scores are missing.
     """
     options = PruningOptions(sparsity=sparsity, **options)
+    check_sequences(calibration)
     if isinstance(method, str):
         method = METHODS[check_choice(method, tuple(METHODS), "method")]
-    check_sequences(calibration)
     scores = scores if scores is not None else StoredScores()
     if placement is None:
         placement = LocalPlacement(find_targets(model, options.target_modules, options.exclude_modules, experts=True))

@@ -10,11 +10,13 @@ from torch import Tensor, nn
 
 from ..calibration.progress import Progress
 from ..errors import MamaError, shown
-from ..folders import is_file, write_json
+from ..folders import LOCK
 from ..masks.bits import bytes_for, pack_bits, unpack_bits
 from ..masks.tensors import TensorFile, write_tensors
 from ..model.targets import Target
+from ..paths import is_dir, is_file
 from ..removal import remove_written
+from ..writing import write_json
 
 logger = logging.getLogger(__name__)
 FOLDER = ".progress"  # inside the output folder, removed at the end
@@ -54,8 +56,12 @@ class Unfinished:
 
     @staticmethod
     def exists(output: str | Path) -> bool:
-        """Whether a killed command left its work there."""
-        return is_file(Path(output) / FOLDER / COMMAND)
+        """Whether a killed command left its work there, or had just begun to."""
+        folder = Path(output) / FOLDER
+        if not is_dir(folder):
+            return False
+        alone = all(entry.name in (FOLDER, LOCK) for entry in Path(output).iterdir())
+        return is_file(folder / COMMAND) or alone and not any(folder.iterdir())
 
     @property
     def blocks(self) -> int:

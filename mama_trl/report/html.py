@@ -6,7 +6,7 @@ from pathlib import Path
 from jinja2 import Environment, PackageLoader
 
 from ..errors import MamaError, first_line
-from ..folders import write_bytes, write_text
+from ..writing import write_bytes, write_text
 from .check import check_report
 from .plots import draw_all, number
 from .summary import rows

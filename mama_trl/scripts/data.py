@@ -3,9 +3,9 @@
 import string
 from typing import Optional
 
-from ..errors import MamaError, first_line, shown
+from ..errors import MamaError, root_of, shown
 from ..evaluation.sources import KINDS, check_file_name, open_data
-from .rows import check_rows
+from .rows import check_learnable, check_rows
 
 # Columns that tokenizers read, in every stage and where answers are learned.
 _ASKED = ("text", "prompt", "question")
@@ -29,7 +29,7 @@ def load_data(script_args, dataset_args):
         try:
             data = get_dataset(dataset_args)
         except Exception as error:  # builders raise anything, from parser errors to the hub's
-            raise MamaError(f"{name or '`datasets`'} cannot be loaded as a dataset: {first_line(error)}.") from None
+            raise MamaError(f"{name or '`datasets`'} cannot be loaded as a dataset: {root_of(error)}.") from None
     else:
         check_file_name(name)
         data = open_data(name, script_args.dataset_config, script_args.dataset_streaming)
@@ -53,7 +53,11 @@ def split_data(data, script_args, training_args) -> tuple:
 def prepared(script_args, training_args, dataset_args, completions: bool) -> tuple:
     """`(training, evaluation or None)` with prompts made as `with_prompts` says."""
     parts = split_data(load_data(script_args, dataset_args), script_args, training_args)
-    read = (*_ASKED, *(_ANSWERED if completions else ()))
+    field = getattr(training_args, "dataset_text_field", "text")
+    read = (*_ASKED, *(_ANSWERED if completions else ()), field)
+    for part in parts:
+        if part is not None and completions and not script_args.prompt_template:
+            check_learnable(part, field)
     return tuple(
         None if part is None else with_prompts(
             check_rows(part, read), script_args.prompt_template, script_args.chat, completions

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from ..errors import MamaError, shown
 from ..fields import nearest
-from ..folders import is_file
+from ..paths import is_file
 from ..training.settings import refusals_of
 from ..yaml_files import read_settings
 

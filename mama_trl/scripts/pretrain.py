@@ -62,6 +62,9 @@ def main(config, script_args, training_args, model_args, dataset_args) -> None:
         train_data, eval_data = data.split_data(
             data.load_data(script_args, dataset_args), script_args, training_args
         )
+        for part in (train_data, eval_data):
+            if part is not None:
+                rows.check_learnable(part, training_args.dataset_text_field)
         train_data, eval_data = (
             None if part is None else rows.check_rows(part, [training_args.dataset_text_field])
             for part in (train_data, eval_data)

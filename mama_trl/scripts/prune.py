@@ -5,8 +5,10 @@ from contextlib import contextmanager
 
 from ..config import check_choice, check_sparsity
 from ..errors import MamaError
-from ..folders import check_output_dir, remove_model_files, write_folder
+from ..folders import check_output_dir
 from ..lock import locked
+from ..removal import remove_model_files
+from ..writing import write_folder
 from .parser import CommandParser, options_of
 
 DESCRIPTION = """Prune a saved model without training it, block by block.

@@ -4,7 +4,8 @@ import json
 from pathlib import Path
 
 from ..errors import MamaError, first_line
-from ..folders import check_output_dir, is_file
+from ..folders import check_output_dir
+from ..paths import is_file
 from ..report.check import check_report
 from .parser import CommandParser
 

@@ -19,18 +19,44 @@ def check_rows(dataset, columns: Iterable[str]):
         return dataset.map(lambda row: _checked(row, columns)) if hasattr(dataset, "map") else dataset
     if not len(dataset):
         raise MamaError("the dataset has no rows: give one with data.")
-    for name in columns:
-        kind = features.get(name)
-        if kind is None:
-            continue
-        listed = isinstance(kind, (list, dict)) or type(kind).__name__ in ("List", "LargeList", "Sequence")
-        if not listed and getattr(kind, "dtype", None) not in ("string", "large_string"):
-            raise MamaError(f"column `{name}` holds {getattr(kind, 'dtype', kind)}, no text: write texts in quotes.")
-        empty = dataset.data.column(name).null_count
-        if empty:
-            first = dataset.data.column(name).is_null().to_pylist().index(True) + 1
-            raise MamaError(f"column `{name}` is null in {empty} of {len(dataset)} rows (row {first}): take them out.")
+    for name in dict.fromkeys(columns):
+        if name in features:
+            check_filled(dataset, name)
+            _check_kind(dataset, name, features[name])
     return dataset
+
+
+def check_filled(dataset, name: str) -> None:
+    """Raises `MamaError` if a column has rows without a value."""
+    values = dataset.data.column(name) if hasattr(dataset, "data") else None
+    if values is not None and values.null_count:
+        first = values.is_null().to_pylist().index(True) + 1
+        raise MamaError(
+            f"column `{name}` is null in {values.null_count} of {len(dataset)} rows (row {first}): take them out."
+        )
+
+
+def _check_kind(dataset, name: str, kind) -> None:
+    import pyarrow.compute
+
+    inner = kind[0] if isinstance(kind, list) and kind else getattr(kind, "feature", None)
+    if isinstance(inner, dict) and {"role", "content"} <= set(inner) and name != "text":
+        return
+    if getattr(kind, "dtype", None) not in ("string", "large_string"):
+        said = "lists that are no messages" if inner is not None else f"{getattr(kind, 'dtype', kind)}, no text"
+        raise MamaError(f"column `{name}` holds {said}: write texts in quotes, or messages with role and content.")
+    lengths = pyarrow.compute.utf8_length(pyarrow.compute.utf8_trim_whitespace(dataset.data.column(name)))
+    if not pyarrow.compute.max(lengths).as_py():
+        raise MamaError(f"column `{name}` holds nothing but empty texts: give one with data.")
+
+
+def check_learnable(dataset, field: str = "text") -> None:
+    """Raises `MamaError` if a dataset has no column that supervised training reads."""
+    columns = dataset.column_names
+    if columns and not {field, "messages", "conversations", "prompt", "question", "input_ids"} & set(columns):
+        raise MamaError(
+            f"the dataset has no column `{field}`, `messages` or `prompt`, only {', '.join(columns)}: rename one."
+        )
 
 
 def _checked(row: dict, columns: Iterable[str]) -> dict:

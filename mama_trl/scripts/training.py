@@ -3,6 +3,7 @@
 import json
 import logging
 import os
+import shutil
 import sys
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -17,10 +18,11 @@ from ..folders import check_output_dir, holds_something
 from ..lock import locked
 from ..masks.files import FOLDER, STATE_FILE
 from ..paths import check_not_written, is_dir
-from ..removal import MODEL_NAMES
+from ..removal import MODEL_NAMES, remove_weights
 from ..training.checkpoints import cut_off, newest_whole
 from ..training.integrations import connect
 from ..training.settings import check_buildable, check_schedule
+from ..writing import WRITING, move_into
 from .fits import check_fits_source
 from .inputs import inputs_of
 
@@ -163,9 +165,24 @@ def train(trainer, resume, dataset_name: Optional[str]) -> None:
     connect(trainer)
     trainer.train(resume_from_checkpoint=resume)
     args = trainer.args
-    trainer.save_model(args.output_dir)
+    _save(trainer, Path(args.output_dir))
     if args.push_to_hub:
         trainer.push_to_hub(dataset_name=dataset_name)
     if trainer.is_world_process_zero():
         print(f"model saved in {args.output_dir}", file=sys.stderr)
     trainer.end()
+
+
+def _save(trainer, folder: Path) -> None:
+    """Writes model and tokenizer into `folder`, where they appear when they are whole. Collective."""
+    temporary = folder / WRITING
+    if trainer.args.should_save:
+        shutil.rmtree(temporary, ignore_errors=True)  # what a killed run has left
+    trainer.accelerator.wait_for_everyone()
+    try:
+        trainer.save_model(str(temporary), _internal_call=True)
+        trainer.accelerator.wait_for_everyone()
+        if trainer.args.should_save:
+            move_into(temporary, folder, remove_weights)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)

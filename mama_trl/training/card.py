@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from ..config import MamaConfig
-from ..folders import write_text
+from ..writing import write_text
 
 HEADING = "## Pruning"
 

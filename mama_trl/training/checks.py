@@ -1,7 +1,6 @@
 """What is refused as soon as a trainer is made: before any data is prepared or any step is taken."""
 
 import tempfile
-
 from typing import Any
 
 from torch import nn
@@ -16,7 +15,6 @@ from ..model.targets import find_targets
 from ..paths import is_dir
 from ..pruning.prune import check_redistribution
 from .persistence import check_limit
-
 
 # Options under which other files are loaded than those of the folder's or hub id's main branch.
 _ELSEWHERE = ("revision", "subfolder", "variant", "gguf_file", "config", "key_mapping", "state_dict")

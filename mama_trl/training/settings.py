@@ -140,6 +140,7 @@ def check_buildable(args: Any) -> None:
     import torch
     from transformers import Trainer, get_scheduler
     from transformers.integrations import get_reporting_integration_callbacks
+    from transformers.utils import is_liger_kernel_available
 
     probe = torch.nn.Linear(1, 1)
     with refusals_of("the trainer"):
@@ -151,3 +152,5 @@ def check_buildable(args: Any) -> None:
             )
         for callback in get_reporting_integration_callbacks(args.report_to):
             callback()
+        if args.use_liger_kernel and not is_liger_kernel_available():
+            raise ValueError("`use_liger_kernel` needs the package liger-kernel, which is not installed")

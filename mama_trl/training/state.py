@@ -11,7 +11,6 @@ from ..engines import ranks
 from ..engines.detect import engine_of, shard_of, shards_of, unwrap
 from ..engines.shard import Shard
 from ..errors import MamaError
-from ..folders import write_json
 from ..indicators.history import sample
 from ..indicators.trajectory import STEM as STATISTICS
 from ..indicators.trajectory import Trajectory
@@ -21,6 +20,7 @@ from ..masks.maskset import MaskSet
 from ..model.fits import check_fits
 from ..model.targets import Target, find_targets
 from ..pruning.update import check_weights
+from ..writing import write_json
 from .inputs import InputCapture
 from .persistence import require_whole
 
@@ -42,6 +42,7 @@ class RunState:
     """
 
     def __init__(self, model: nn.Module, config: MamaConfig, stage: str):
+        MamaConfig.__post_init__(config)  # what has been set since it was made is checked like what it was made with
         self.config, self.stage = config, stage
         self.engine = engine_of(model)  # single, ddp, zero1, zero2, zero3 or fsdp2
         self.model = unwrap(model)
