@@ -62,7 +62,7 @@ def context_length(model: nn.Module) -> Optional[int]:
 
 
 def learned_positions(model: nn.Module) -> Optional[int]:
-    """How many positions a model has learned embeddings for, beyond which it cannot read at all; None if it has none."""
+    """How many positions a model has learned embeddings for, beyond which it cannot read; None if it has none."""
     context, token = context_length(model), token_embedding(model)
     tables = [each for each in model.modules() if isinstance(each, nn.Embedding) and each is not token]
     found = context is not None and any(context <= table.num_embeddings <= context + 4 for table in tables)
