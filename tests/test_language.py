@@ -1,4 +1,4 @@
-"""The language model's blocks wherever they are: beside towers that are deeper, behind composite configs, in both stacks."""
+"""The language model's blocks wherever they are: beside deeper towers, behind composite configs, in both stacks."""
 
 import pytest
 import torch
@@ -25,9 +25,9 @@ VISION = dict(
     hidden_size=32, intermediate_size=64, num_hidden_layers=5, num_attention_heads=2, image_size=16, patch_size=8
 )
 STACKS = dict(
-    vocab_size=384, d_model=32, encoder_layers=3, decoder_layers=2, encoder_attention_heads=2, max_position_embeddings=64,
-    decoder_attention_heads=2, encoder_ffn_dim=64, decoder_ffn_dim=64, pad_token_id=0, bos_token_id=1,
-    eos_token_id=2, decoder_start_token_id=3,
+    vocab_size=384, d_model=32, encoder_layers=3, decoder_layers=2, encoder_attention_heads=2,
+    decoder_attention_heads=2, max_position_embeddings=64, encoder_ffn_dim=64, decoder_ffn_dim=64,
+    pad_token_id=0, bos_token_id=1, eos_token_id=2, decoder_start_token_id=3,
 )
 
 

@@ -1,4 +1,4 @@
-"""Models with code of their own: refused with a sentence that is true, and with --trust_remote_code every command runs."""
+"""Models with code of their own: refused with a true sentence, and with --trust_remote_code every command runs."""
 
 import json
 
@@ -42,9 +42,10 @@ def folder(tmp_path):
 
 COMMANDS = {
     "evaluate": "evaluate {root}/mine --text {root}/text.txt --sequence_length 32",
-    "prune": "prune {root}/mine --sparsity 0.5 --calibration {root}/text.txt --output {root}/out --sequence_length 32",
-    "levels": "levels {root}/mine --calibration {root}/text.txt --text {root}/text.txt --output {root}/out --levels 0.5 "
-    "--methods magnitude --sequence_length 32",
+    "prune": "prune {root}/mine --sparsity 0.5 --calibration {root}/text.txt --output {root}/out "
+    "--sequence_length 32",
+    "levels": "levels {root}/mine --calibration {root}/text.txt --text {root}/text.txt --output {root}/out "
+    "--levels 0.5 --methods magnitude --sequence_length 32",
     "sft": "sft --model_name_or_path {root}/mine --dataset_name {root}/text.txt --output_dir {root}/out --sparsity 0.5 "
     + TRAIN,
     "pretrain": "pretrain --model_name_or_path {root}/mine --dataset_name {root}/text.txt --output_dir {root}/out "

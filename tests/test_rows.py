@@ -63,8 +63,8 @@ def arguments(command: str, folder, model: str, data: str, output, *more) -> lis
     teacher = ["--teacher_model_name_or_path", folder / "model"] if command == "distill" else []
     generations = ["--num_generations", 2, "--max_completion_length", 4] if command == "grpo" else []
     return [
-        command, "--model_name_or_path", folder / model, "--dataset_name", folder / f"{data}.jsonl", "--output_dir", output,
-        "--sparsity", "0.0", *teacher, *generations, *FLAGS, *more,
+        command, "--model_name_or_path", folder / model, "--dataset_name", folder / f"{data}.jsonl",
+        "--output_dir", output, "--sparsity", "0.0", *teacher, *generations, *FLAGS, *more,
     ]
 
 

@@ -80,7 +80,7 @@ def one_split(data: dict[str, Any], split: str, source: str | Path) -> Any:
         return data[split]
     if len(data) == 1:
         return next(iter(data.values()))
-    raise MamaError(f"{source} has no split {split}, only {', '.join(map(str, data))}: name files of one split instead.")
+    raise MamaError(f"{source} has no split {split}, only {', '.join(map(str, data))}: give files of one split.")
 
 
 def _from_text(path: Path, streaming: bool) -> dict[str, Any]:
