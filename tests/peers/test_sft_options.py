@@ -100,8 +100,15 @@ def try_option(kind: str, case: tuple, folder) -> None:
     assert logged[False] <= logged[True], f"lost: {logged[False] - logged[True]}"
 
 
-@pytest.mark.parametrize("kind", ["sft", "distillation"])
-@pytest.mark.parametrize("name", QUICK)
+def slow_where_the_other_kind_shows_it(kind: str, name: str):
+    quick = {"sft": ("text", "packing bfd", "packing wrapped", "padding-free", "assistant-only"),
+             "distillation": ("packing bfd", "completion-only", "evaluation", "mixture")}
+    return pytest.param(kind, name, marks=[] if name in quick[kind] else [pytest.mark.slow])
+
+
+@pytest.mark.parametrize(
+    "kind, name", [slow_where_the_other_kind_shows_it(k, n) for k in ("sft", "distillation") for n in QUICK]
+)
 def test_option(kind, name, tmp_path):
     try_option(kind, QUICK[name], tmp_path)
 
