@@ -17,6 +17,7 @@ from mama_trl.model.targets import find_targets
 from mama_trl.training.inputs import InputCapture
 
 from .peers import made
+from .test_language import llava
 
 COMMON = dict(
     use_cpu=True, bf16=False, report_to=[], disable_tqdm=True, save_strategy="no", max_steps=3, seed=0,
@@ -87,6 +88,17 @@ def test_one_shot_pruning_takes_sequences_of_any_lengths(make_model, rows):
             prune(make_model("llama"), wrong, "mama", 0.6, progress=False)
         with pytest.raises(MamaError, match="`calibration` (is|has)"):
             MamaCallback(MamaConfig(), calibration=wrong)
+
+
+def test_calibration_that_the_model_cannot_read_is_refused_before_anything_runs(make_model, tmp_path):
+    long, unknown = torch.randint(0, 300, (4, 200)), torch.tensor([[5, 6, 384]])
+    for calibration, said in ((long, "200 tokens, more than the model's 128"), ([unknown[0]], "token 384, and .* 384")):
+        with pytest.raises(MamaError, match=said):
+            prune(make_model("gpt2"), calibration, "wanda", 0.5, progress=False)
+        args = TrainingArguments(output_dir=str(tmp_path), use_cpu=True, report_to=[])
+        with pytest.raises(MamaError, match=said):
+            Trainer(make_model("gpt2"), args, callbacks=[MamaCallback(MamaConfig(), calibration=calibration)])
+    assert prune(make_model("llama"), long, "wanda", 0.5, progress=False).sparsity() == pytest.approx(0.5, abs=0.01)
 
 
 # ------------------------------------------------------------------ what is captured
@@ -200,6 +212,18 @@ def test_trls_own_distillation_is_captured(tmp_path):
     prompts = [encode(row["prompt"])["input_ids"] for row in made.rows("prompts")]
     found = seen_in(trainer, mama)
     assert found and all(any(row[: len(prompt)] == prompt for prompt in prompts) for row in found)
+
+
+def test_placeholders_of_images_are_left_out(tmp_path):
+    ids = torch.randint(10, 250, (16, 20), generator=torch.Generator().manual_seed(0))
+    ids[:, 3:7] = 5  # the four patches of an image
+    pixels = torch.randn(16, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+    data = [{"input_ids": row, "labels": row, "pixel_values": image} for row, image in zip(ids, pixels)]
+    mama = MamaCallback(MamaConfig(sparsity=0.6, mask_start=2))
+    options = {key: value for key, value in COMMON.items() if key != "gradient_checkpointing"}
+    args = TrainingArguments(output_dir=str(tmp_path), **options)
+    found = seen_in(Trainer(llava(), args, train_dataset=data, callbacks=[mama]), mama)
+    assert len(found) == 8 and all(len(row) == 16 and 5 not in row for row in found)
 
 
 class Block(nn.Module):

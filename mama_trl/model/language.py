@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import MamaError
+from .sequences import Sequences
 
 # Names under which configs keep how many positions a model has.
 _CONTEXTS = ("max_position_embeddings", "n_positions", "max_sequence_length", "max_seq_len")
@@ -67,6 +68,23 @@ def learned_positions(model: nn.Module) -> Optional[int]:
     tables = [each for each in model.modules() if isinstance(each, nn.Embedding) and each is not token]
     found = context is not None and any(context <= table.num_embeddings <= context + 4 for table in tables)
     return context if found else None
+
+
+def check_readable(model: nn.Module, sequences: Optional[Sequences]) -> None:
+    """Raises `MamaError` for calibration sequences that the model cannot read: tokens or positions that it lacks."""
+    rows = [] if sequences is None else [sequences] if isinstance(sequences, Tensor) else sequences
+    tokens, positions = getattr(token_embedding(model), "num_embeddings", None), learned_positions(model)
+    for row in rows:
+        if tokens is not None and not 0 <= int(row.min()) <= int(row.max()) < tokens:
+            bad = int(row.min()) if int(row.min()) < 0 else int(row.max())
+            raise MamaError(
+                f"`calibration` has the token {bad}, and the model knows {tokens}: encode it with its own tokenizer."
+            )
+        if positions is not None and row.shape[-1] > positions:
+            raise MamaError(
+                f"`calibration` has sequences of {row.shape[-1]} tokens, more than the model's {positions} positions: "
+                "cut them."
+            )
 
 
 def placeholder_ids(model: nn.Module) -> list[int]:

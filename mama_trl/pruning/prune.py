@@ -19,6 +19,7 @@ from ..indicators.combine import Criterion
 from ..indicators.source import ScoreSource, StoredScores
 from ..masks.maskset import MaskSet
 from ..model.fits import check_fits
+from ..model.language import check_readable
 from ..model.sequences import Sequences, check_sequences, spread_evenly, tokens_in
 from ..model.targets import Target, find_targets
 from ..selection.allocation import allocate
@@ -69,6 +70,7 @@ def prune(
     check_sequences(calibration)
     if isinstance(method, str):
         method = METHODS[check_choice(method, tuple(METHODS), "method")]
+    check_readable(model, calibration)
     scores = scores if scores is not None else StoredScores()
     if placement is None:
         placement = LocalPlacement(find_targets(model, options.target_modules, options.exclude_modules, experts=True))

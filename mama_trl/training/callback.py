@@ -80,7 +80,7 @@ class MamaCallback(TrainerCallback):
 
     def on_init_end(self, args, state, control, model=None, **kwargs):
         if model is not None:
-            check_trainer(args, model, self.config)
+            check_trainer(args, model, self.config, self.calibration)
         sentence = cut_off(args.output_dir)
         if sentence and args.should_save:
             logger.warning(sentence)

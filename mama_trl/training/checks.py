@@ -1,7 +1,7 @@
 """What is refused as soon as a trainer is made: before any data is prepared or any step is taken."""
 
 import tempfile
-from typing import Any
+from typing import Any, Optional
 
 from torch import nn
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
@@ -10,7 +10,9 @@ from ..config import MamaConfig
 from ..engines.detect import refuse_quantized, unwrap
 from ..errors import MamaError, first_line
 from ..evaluation.loading import check_model_source, load_config
+from ..model.language import check_readable
 from ..model.runner import check_walkable
+from ..model.sequences import Sequences
 from ..model.targets import find_targets
 from ..paths import is_dir
 from ..pruning.prune import check_redistribution
@@ -48,7 +50,7 @@ def check_arguments(arguments: dict) -> None:
         raise MamaError("`quantization_config` is given, and 8-bit or 4-bit weights cannot be pruned: load in bf16.")
 
 
-def check_trainer(args, model: nn.Module, config: MamaConfig) -> None:
+def check_trainer(args, model: nn.Module, config: MamaConfig, calibration: Optional[Sequences] = None) -> None:
     """Raises `MamaError` for what a run of this model under these arguments would be refused for anyway."""
     check_limit(args)
     refuse_quantized(model)
@@ -58,6 +60,7 @@ def check_trainer(args, model: nn.Module, config: MamaConfig) -> None:
         check_redistribution(config, targets)
         if config.needs_calibration:
             check_walkable(model)
+    check_readable(model, calibration)
     check_saveable(model)
 
 
