@@ -18,6 +18,7 @@ FORMATS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 KINDS = "a .txt, .jsonl, .csv or .parquet file, a folder of them, or a datasets name"
 _TEXT = ".txt"
+_DEEP = 500  # brackets in one line, from where on it is looked at how deep they are nested
 _SAVED = ("state.json", "dataset_dict.json")  # in a folder that `save_to_disk` wrote
 
 
@@ -31,6 +32,11 @@ def check_file_name(source: str) -> None:
 def is_plain_text(source: str | Path) -> bool:
     """Whether `source` is a file that is read as it stands, of no format that has columns."""
     return is_file(source) and Path(source).suffix.lower() not in FORMATS
+
+
+def is_lines(source: str | Path) -> bool:
+    """Whether `source` is a file of JSON lines, of which each line is a row."""
+    return is_file(source) and Path(source).suffix.lower() in (".jsonl", ".ndjson")
 
 
 def read_plain(source: str | Path) -> str:
@@ -60,10 +66,12 @@ def open_data(source: str | Path, config: Optional[str] = None, streaming: bool 
     if not os.access(path, os.R_OK):
         raise MamaError(f"{source} cannot be read: check its permissions.")
     if not path.stat().st_size:
-        raise MamaError(f"{source} is an empty file: give one with data.")
+        raise MamaError(f"{source} is an empty file, which holds no text: give one with data.")
     if is_plain_text(path):
         return _from_text(path, streaming)
     builder, options = FORMATS[path.suffix.lower()]
+    if builder == "json":
+        _check_json(path)
     if streaming:
         return _loaded(source, builder, data_files=str(path), streaming=True, **options)
     try:
@@ -117,29 +125,67 @@ def _loaded(source: str | Path, builder: str, **options) -> dict[str, Any]:
         raise MamaError(f"{source} cannot be loaded as a dataset ({first_line(cause)}): give {KINDS}.") from None
 
 
-def _explain_json(path: Path) -> None:
-    """Raises `MamaError` naming the first line that is no JSON object, if `path` is meant to be JSON lines."""
-    text = read_plain(path)
-    if text.lstrip().startswith("[") or path.suffix.lower() == ".json" and text.lstrip().startswith("{\n"):
+def check_text(value: object, where: str) -> str:
+    """`value`, if a tokenizer can read it. Raises `MamaError` for null, numbers, lists and halves of characters."""
+    if not isinstance(value, str):
+        raise MamaError(f"{where} is {shown(value)}, no text: take the row out, or write the text in quotes.")
+    try:
+        value.encode("utf-8")
+    except UnicodeEncodeError:
+        raise MamaError(f"{where} has a lone surrogate, half of a character: write the whole one, or none.") from None
+    return value
+
+
+def _check_json(path: Path) -> None:
+    """Raises `MamaError` for JSON on which the reader would bring the process down: rows that are null or the like, and
+    brackets that are nested as deep as no data is."""
+    with open(path, "rb") as file:
+        first = next((line for line in file if line.strip()), b"").lstrip(b"\xef\xbb\xbf \t\r\n")
+    whole = not is_lines(path) and (first[:1] != b"{" or not _is_json(first))
+    if whole:
+        value = _parsed(read_plain(path), f"{path} cannot be loaded: it")
+        if not all(isinstance(row, dict) for row in (value if isinstance(value, list) else [value])):
+            raise MamaError(f"{path} cannot be loaded: it is {shown(value)}: write JSON objects, one a line.")
         return
+    with open(path, "rb") as file:
+        for number, line in enumerate(file, 1):
+            line = line.lstrip(b"\xef\xbb\xbf \t\r\n")
+            if line and line[:1] != b"{" or line.count(b"[") + line.count(b"{") > _DEEP:
+                _checked_row(line, path, number)
+
+
+def _checked_row(line: str | bytes, path: Path, number: int) -> dict:
+    """A line of JSON lines. Raises `MamaError` if it is no JSON object."""
+    where = f"{path} cannot be loaded: line {number}"
+    row = _parsed(line, where)
+    if not isinstance(row, dict):
+        raise MamaError(f"{where} is {shown(row)}: write one JSON object a line, with a column `text` or others.")
+    return row
+
+
+def _is_json(line: bytes) -> bool:
+    try:
+        json.loads(line)
+    except (ValueError, RecursionError):
+        return False
+    return True
+
+
+def _explain_json(path: Path) -> None:
+    """Raises `MamaError` naming the first line that is no row, if `path` is meant to be JSON lines."""
+    text = read_plain(path)
+    if not is_lines(path) and not _is_json(text.lstrip().partition("\n")[0].encode()):
+        return  # one document over several lines
     for number, line in enumerate(text.split("\n"), 1):  # only line feeds end one: texts may hold the others
         if not line.strip():
             continue
-        try:
-            row = json.loads(line)
-        except (ValueError, RecursionError) as error:
-            raise MamaError(f"{path}, line {number}, is no JSON ({first_line(error)}).") from None
-        if not isinstance(row, dict):
-            raise MamaError(f"{path}, line {number}, is {shown(row)}: write one JSON object a line.")
-        for name, value in row.items():
-            _check_whole(value, f"{path}, line {number}, `{name}`")
+        for name, value in _checked_row(line, path, number).items():
+            if isinstance(value, str) or name == "text":
+                check_text(value, f"{path}, line {number}, `{name}`")
 
 
-def _check_whole(value: object, where: str) -> None:
-    if isinstance(value, str):
-        try:
-            value.encode("utf-8")
-        except UnicodeEncodeError:
-            raise MamaError(
-                f"{where} has a lone surrogate, half of a character: write the whole one, or none."
-            ) from None
+def _parsed(line: str | bytes, where: str) -> object:
+    try:
+        return json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise MamaError(f"{where} is no JSON ({first_line(error)}).") from None

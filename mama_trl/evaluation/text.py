@@ -6,8 +6,17 @@ from typing import Any, Iterator
 import torch
 from torch import Tensor
 
-from ..errors import MamaError, shown
-from .sources import KINDS, check_file_name, is_plain_text, one_split, open_data, read_plain
+from ..errors import MamaError
+from .sources import (
+    KINDS,
+    check_file_name,
+    check_text,
+    is_lines,
+    is_plain_text,
+    one_split,
+    open_data,
+    read_plain,
+)
 
 
 def read_text(source: str | Path, split: str = "train") -> str:
@@ -27,19 +36,9 @@ def read_text(source: str | Path, split: str = "train") -> str:
 def _texts(data: Any, source: str | Path) -> Iterator[str]:
     if "text" not in data.column_names:
         raise MamaError(f"{source} has no column `text`, only {', '.join(data.column_names)}: rename one.")
-    for row, text in enumerate(data["text"], 1):
-        yield check_text(text, f"{source}, row {row}, `text`")
-
-
-def check_text(value: object, where: str) -> str:
-    """`value`, if a tokenizer can read it. Raises `MamaError` for null, numbers, lists and halves of characters."""
-    if not isinstance(value, str):
-        raise MamaError(f"{where} is {shown(value)}, no text: take the row out, or write the text in quotes.")
-    try:
-        value.encode("utf-8")
-    except UnicodeEncodeError:
-        raise MamaError(f"{where} has a lone surrogate, half of a character: write the whole one, or none.") from None
-    return value
+    row = "line" if is_lines(source) else "row"
+    for number, text in enumerate(data["text"], 1):
+        yield check_text(text, f"{source}, {row} {number}, `text`")
 
 
 def blocks(tokenizer, text: str, sequence_length: int, limit: int | None = None, seed: int | None = None) -> Tensor:
