@@ -17,13 +17,15 @@ CONSEQUENCES = {
     trl_private.LAST_LOADED: "a vLLM sampler would answer with unpruned weights after a mask update",
     trl_private.TAGS: "model cards would lack their tags",
     trl_private.NAME: "model cards would lack their title",
+    trl_private.DICT_FIELDS: "the command line could not give mappings as JSON",
+    **dict.fromkeys(trl_private.AUXILIARY, "distillation could not add a mixture's auxiliary loss"),
 }
 
 
 @pytest.mark.parametrize("trainer, name", [(t, n) for t, names in trl_private.USED.items() for n in names])
 def test_trl_still_has(trainer, name):
     source = inspect.getsource(getattr(trl, trainer))
-    assert f"self.{name}" in source or hasattr(getattr(trl, trainer), name), (
+    assert f"self.{name}" in source or f"{name} =" in source or hasattr(getattr(trl, trainer), name), (
         f"TRL {trl.__version__} has no `{name}` in its {trainer} any more, so that {CONSEQUENCES[name]}: see "
         "mama_trl/training/trl_private.py."
     )
@@ -35,6 +37,15 @@ def test_trl_still_compares_the_step_its_sampler_has():
     assert f"self.state.global_step != self.{trl_private.LAST_LOADED}" in source, (
         f"TRL {trl.__version__} decides otherwise when its sampler loads the weights: look how, and mend "
         "mama_trl/training/trl_private.py; until then it may answer with unpruned weights."
+    )
+
+
+def test_trl_still_loads_models_by_its_helper():
+    from trl.trainer import utils
+
+    assert hasattr(utils, trl_private.LOADER), (
+        f"TRL {trl.__version__} has no `{trl_private.LOADER}` any more, so that a teacher cannot be loaded as TRL does: "
+        "see mama_trl/training/trl_private.py."
     )
 
 
@@ -65,5 +76,9 @@ def test_nothing_private_is_named_elsewhere():
     package = Path(trl_private.__file__).resolve().parents[1]
     for path in package.rglob("*.py"):
         text = path.read_text(encoding="utf-8")
-        for name in (trl_private.METRICS, trl_private.TRAIN_TOKENS, trl_private.LAST_LOADED, trl_private.TP_SIZE):
+        for name in (
+            trl_private.METRICS, trl_private.TRAIN_TOKENS, trl_private.LAST_LOADED, trl_private.TP_SIZE,
+            trl_private.DICT_FIELDS,
+        ):
             assert path.name == "trl_private.py" or f".{name}" not in text, f"{path}: {name}"
+        assert path.name == "trl_private.py" or "from trl.trainer" not in text, path

@@ -1,5 +1,6 @@
 """Names of TRL that are not public, all in one place; tests/test_trl_private.py says which of them a version lacks."""
 
+from importlib import import_module
 from typing import Optional
 
 import trl
@@ -12,7 +13,28 @@ TRAIN_TOKENS = "_total_train_tokens"  # SFTTrainer: tokens trained on so far, lo
 LAST_LOADED = "_last_loaded_step"  # GRPOTrainer: the step whose weights the vLLM sampler has
 TAGS, NAME = "_tag_names", "_name"  # every trainer: tags and title of its model card
 TP_SIZE = "_tp_size"  # SFTTrainer: how many ranks are given the same batch
-USED = {"SFTTrainer": (METRICS, TRAIN_TOKENS, TP_SIZE, TAGS, NAME), "GRPOTrainer": (LAST_LOADED, TAGS, NAME)}
+DICT_FIELDS = "_VALID_DICT_FIELDS"  # SFTConfig: fields that the command line may give as JSON
+AUXILIARY = ("aux_loss_enabled", "router_aux_loss_coef")  # SFTTrainer: of mixtures; public, but told nowhere
+LOADER = "create_model_from_path"  # trl.trainer.utils: how every TRL trainer loads a model that it is named
+USED = {
+    "SFTTrainer": (METRICS, TRAIN_TOKENS, TP_SIZE, TAGS, NAME, *AUXILIARY), "GRPOTrainer": (LAST_LOADED, TAGS, NAME),
+    "SFTConfig": (DICT_FIELDS,),
+}
+
+
+def load(source: str, **options):
+    """A model, loaded as TRL's trainers load one. Raises `MamaError` if this version of TRL does it elsewhere."""
+    loader = getattr(import_module("trl.trainer.utils"), LOADER, None)
+    if loader is None:
+        raise MamaError(
+            f"TRL {trl.__version__} has no `{LOADER}` any more, so that a teacher cannot be loaded as TRL does: give a "
+            "model as `teacher_model`, or use the TRL version that mama_trl names."
+        )
+    return loader(source, **options)
+
+
+def dict_fields(config: type) -> list[str]:
+    return list(getattr(config, DICT_FIELDS, []))
 
 
 def _missing(trainer, name: str, consequence: str) -> MamaError:

@@ -8,13 +8,14 @@ from trl import SFTConfig
 from ...config import MamaConfig
 from ...fields import check_fields
 from ..settings import RANGES, check_settings
+from ..trl_private import dict_fields
 
 
 @dataclass
 class MamaDistillationConfig(MamaConfig, SFTConfig):
     """`trl.SFTConfig` with the fields of `MamaConfig`; masks are held by default (`mask_schedule="hold"`)."""
 
-    _VALID_DICT_FIELDS = [*SFTConfig._VALID_DICT_FIELDS, "teacher_model_init_kwargs"]
+    _VALID_DICT_FIELDS = [*dict_fields(SFTConfig), "teacher_model_init_kwargs"]
 
     mask_schedule: str = field(default="hold", metadata=MamaConfig.__dataclass_fields__["mask_schedule"].metadata)
     teacher_model_name_or_path: Optional[str] = field(

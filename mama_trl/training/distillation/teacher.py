@@ -5,10 +5,10 @@ from typing import Optional
 import torch
 from torch import nn
 from transformers import AutoConfig, PreTrainedModel
-from trl.trainer.utils import create_model_from_path
 
 from ...errors import MamaError, first_line
 from ..checks import check_source
+from ..trl_private import load
 from .config import MamaDistillationConfig
 
 
@@ -41,7 +41,7 @@ def load_teacher(teacher: str | nn.Module | None, args: MamaDistillationConfig) 
     if args.distributed_state.distributed_type in ("MULTI_GPU", "DEEPSPEED"):
         options["device_map"] = None  # "auto" cannot be combined with several processes
     try:
-        return create_model_from_path(teacher, **options)
+        return load(teacher, **options)
     except (OSError, ValueError, KeyError) as error:
         raise MamaError(f"`teacher_model` {teacher} cannot be loaded: {first_line(error)}") from error
 
