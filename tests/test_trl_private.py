@@ -44,8 +44,8 @@ def test_trl_still_loads_models_by_its_helper():
     from trl.trainer import utils
 
     assert hasattr(utils, trl_private.LOADER), (
-        f"TRL {trl.__version__} has no `{trl_private.LOADER}` any more, so that a teacher cannot be loaded as TRL does: "
-        "see mama_trl/training/trl_private.py."
+        f"TRL {trl.__version__} has no `{trl_private.LOADER}` any more, so that a teacher cannot be loaded as TRL "
+        "does: see mama_trl/training/trl_private.py."
     )
 
 

@@ -48,6 +48,7 @@ class MamaGRPOTrainer(PruningCard, GRPOTrainer):
         self.mama.trainer = self
         callbacks = [self.mama, *(arguments["callbacks"] or [])]
         super().__init__(**{**arguments, "args": args, "callbacks": callbacks})
+        let_sampler_load(self)  # nothing is lost by it now, and it says at once if this TRL has another way
 
 
 class RewardCallback(MamaCallback):
