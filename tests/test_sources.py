@@ -97,6 +97,8 @@ def test_splits(tmp_path):
     ("deep.json", b"[" * 10**5, "is no JSON"),
     ("null.json", b"[null]", "is [None]"),
     ("void.jsonl", b"null\n", "line 1 is None"),
+    ("latin.jsonl", '{"text": "é"}\n'.encode("latin-1"), "not readable as UTF-8"),
+    ("latin.csv", "text\né\n".encode("latin-1"), "not readable as UTF-8"),
     ("no.parquet", b"text", "cannot be loaded as a dataset"),
 ])
 def test_bad_ones_are_one_sentence(name, content, said, tmp_path):

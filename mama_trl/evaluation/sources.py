@@ -3,6 +3,7 @@
 What `datasets` knows it reads (JSON, CSV, Parquet, folders, the hub); any other file is plain text.
 """
 
+import codecs
 import json
 import os
 from pathlib import Path
@@ -70,6 +71,8 @@ def open_data(source: str | Path, config: Optional[str] = None, streaming: bool 
     if is_plain_text(path):
         return _from_text(path, streaming)
     builder, options = FORMATS[path.suffix.lower()]
+    if builder != "parquet":
+        _check_utf8(path)
     if builder == "json":
         _check_json(path)
     if streaming:
@@ -134,6 +137,18 @@ def check_text(value: object, where: str) -> str:
     except UnicodeEncodeError:
         raise MamaError(f"{where} has a lone surrogate, half of a character: write the whole one, or none.") from None
     return value
+
+
+def _check_utf8(path: Path) -> None:
+    """Raises `MamaError` for a file that is no UTF-8, of which the readers let anything pass."""
+    decoder = codecs.getincrementaldecoder("utf-8")()
+    try:
+        with open(path, "rb") as file:
+            while part := file.read(1 << 22):
+                decoder.decode(part)
+        decoder.decode(b"", final=True)
+    except (UnicodeDecodeError, OSError) as error:
+        raise MamaError(f"{path} is not readable as UTF-8 text ({first_line(error)}): save it as UTF-8.") from None
 
 
 def _check_json(path: Path) -> None:

@@ -37,7 +37,11 @@ def _texts(data: Any, source: str | Path) -> Iterator[str]:
     if "text" not in data.column_names:
         raise MamaError(f"{source} has no column `text`, only {', '.join(data.column_names)}: rename one.")
     row = "line" if is_lines(source) else "row"
-    for number, text in enumerate(data["text"], 1):
+    try:
+        texts = list(data["text"])
+    except UnicodeDecodeError as error:
+        raise MamaError(f"{source} holds texts that are no UTF-8 ({error.reason}): save it again.") from None
+    for number, text in enumerate(texts, 1):
         yield check_text(text, f"{source}, {row} {number}, `text`")
 
 
