@@ -1,11 +1,12 @@
 """Checks of output folders and files, before any compute: what may be written where."""
 
+import fnmatch
 import os
 from pathlib import Path
 from typing import Any, Iterable, Mapping, Optional
 
 from .errors import MamaError, first_line
-from .paths import check_paths, exists, is_dir
+from .paths import check_paths, exists, is_dir, is_file
 
 WEIGHT_FILES = ("*.safetensors", "pytorch_model*.bin")
 LOCK = ".mama.lock"  # see lock.py
@@ -18,13 +19,14 @@ def holds_something(path: Path) -> bool:
 
 
 def check_output_dir(
-    path: str | Path, overwrite: bool = False, inputs: Any = None, beside: Iterable[str] = ()
+    path: str | Path, overwrite: bool = False, inputs: Any = None, beside: Iterable[str] = (), files: Iterable[str] = ()
 ) -> Path:
     """The folder a command may write into; nothing in it is deleted here.
 
     Args:
         overwrite: whether it may hold something.
         inputs: what the command reads, by what it is; one name is the model's. See `check_paths`, also for `beside`.
+        files: names (shell patterns) of files that will be written into it.
 
     Raises:
         MamaError: it is a file, holds something (without `overwrite`) or a link, cannot be written, or something that
@@ -41,6 +43,7 @@ def check_output_dir(
             )
         check_paths([path], _by_what(inputs), beside)
         check_links(path)
+        _check_places(path, files)
     except OSError as error:
         raise MamaError(f"{path} cannot be read: {first_line(error)}.") from None
     _check_writable(path)
@@ -58,6 +61,8 @@ def check_output_file(path: Optional[str | Path], inputs: Any = None) -> None:
         raise MamaError(f"the folder of {path} does not exist: create it first.")
     if path.is_symlink():
         raise MamaError(f"{path} is a link, and files are not written through links: give the file's own name.")
+    if exists(path) and not is_file(path):
+        raise MamaError(f"{path} is a device, which a file would take the place of: give the name of a file.")
     check_paths([path], _by_what(inputs))
     _check_writable(path.absolute().parent)
 
@@ -95,6 +100,15 @@ def _checked_name(path: str | Path) -> Path:
     if max(sizes) > 255 or sizes[-1] > _LONGEST or sum(sizes) > 3000:
         raise MamaError(f"{path} is too long a name: use at most {_LONGEST} characters.")
     return path
+
+
+def _check_places(folder: Path, files: Iterable[str]) -> None:
+    """Raises `MamaError` if a folder stands where a file will be written, or an adapter beside a new model."""
+    for entry in folder.iterdir() if is_dir(folder) else ():
+        if not entry.is_file() and any(fnmatch.fnmatchcase(entry.name, name) for name in files):
+            raise MamaError(f"{entry} is no file, and one of this name will be written: move it out of there.")
+        if entry.name == "adapter_config.json" and files:
+            raise MamaError(f"{entry} is an adapter's, which would be put on the new model: choose another folder.")
 
 
 def _check_writable(path: Path) -> None:

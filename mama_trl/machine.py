@@ -1,6 +1,7 @@
 """What the machine refuses (no space, no memory, a folder that is gone), said in one sentence wherever it shows."""
 
 import errno
+import os
 import re
 from typing import Iterator, Optional
 
@@ -12,6 +13,11 @@ _FULL_TEXT = re.compile(  # safetensors (Rust) and torch have errors of their ow
     r"unexpected pos \d+ vs \d+|file write failed"
 )
 _MEMORY_TEXT = re.compile(r"can't allocate memory|out of memory|Cannot allocate memory")
+
+
+def physical_memory() -> int:
+    """Bytes of memory that this machine has."""
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
 def refusal_of(error: BaseException) -> Optional[str]:
@@ -29,6 +35,8 @@ def refusal_of(error: BaseException) -> Optional[str]:
         return f"{error.filename} is gone: it was removed or renamed while the command was running; call it again."
     if isinstance(error, OSError) and error.filename is not None:
         return f"{error.filename} cannot be used: {error.strerror or first_line(error)}; choose another place."
+    if isinstance(error, OSError):  # a working folder that is gone, a network that is not there
+        return f"the system refuses: {first_line(error)}; mend that and call the same command again."
     return None
 
 

@@ -23,10 +23,10 @@ def exists(name: Name) -> bool:
 
 
 def _ask(question, name: Name) -> bool:
-    """False also for names that no file can have: too long, empty, with NUL."""
+    """False also for what no file can have as its name: too long, empty, with NUL, a number."""
     try:
         return bool(name) and question(os.path.expanduser(name))
-    except (OSError, ValueError):
+    except (OSError, ValueError, TypeError):
         return False
 
 

@@ -31,11 +31,15 @@ MODEL_NAMES: Names = {
     "runs": {"*": {"events.out.tfevents.*": None}},
 }
 
-# Weights as `save_pretrained` names them, and this package's masks; other people's files are none of these.
+# Weights, and what beside them need not be there again, as `save_pretrained` names them, and this package's masks;
+# other people's files are none of these.
 _MODEL_FILES = re.compile(
     r"(model|pytorch_model)(-\d+-of-\d+)?\.(safetensors|bin)|(model\.safetensors|pytorch_model\.bin)\.index\.json"
+    r"|chat_template\.jinja|generation_config\.json|added_tokens\.json|special_tokens_map\.json"
 )
 _MASK_FILES = re.compile(r"(masks|statistics|inputs|regime)(-\d+-of-\d+)?\.safetensors|state\.json")
+
+MODEL_FILES = tuple(name for name, inner in MODEL_NAMES.items() if inner is None)
 
 
 def remove_written(folder: str | Path, names: Names) -> list[Path]:

@@ -21,6 +21,8 @@ def write_atomically(path: Path, write) -> None:
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     created = [folder for folder in path.parents if not folder.exists()]
     try:
+        if path.exists() and not path.is_file():
+            raise OSError(f"{path.name} is no file")  # a device, whose place the new file would take
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary.unlink(missing_ok=True)
         write(temporary)

@@ -141,7 +141,7 @@ def test_a_config_beside_the_outputs_is_fine(place, halted):
 @pytest.mark.parametrize("output", [
     "{p}/train.txt", "{p}/model/config.json", "{p}/model/model.safetensors", "{p}/model/new.json", "{p}/model",
     "{p}/none/x.json",
-    "{p}/linked.json", "", "{p}/" + "x" * 300, "{p}/hard.txt", "{p}/train.txt/x.json",
+    "{p}/linked.json", "/dev/null", "/dev/stdout", "", "{p}/" + "x" * 300, "{p}/hard.txt", "{p}/train.txt/x.json",
 ])
 def test_evaluate_writes_its_numbers_over_nothing(place, halted, capsys, output):
     os.symlink(place / "train.txt", place / "linked.json")
@@ -189,6 +189,25 @@ def test_hard_links_count_and_links_within_do_not(tmp_path):
     os.link(tmp_path / "theirs.json", out / "config.json")
     with refusal("is a link"):
         check_links(out)
+
+
+def test_what_stands_in_the_place_of_an_output_is_said_before_anything_is_measured(place, halted, capsys):
+    places = {"prune": "config.json", "levels": "levels.csv", "ablation": "ablation.png", "sft": "README.md"}
+    for command, name in places.items():
+        (place / "out" / name).mkdir(parents=True)
+        overwrite = ["--overwrite", "true"] if command == "sft" else ["--overwrite"]
+        with unchanged(place):
+            assert "is no file" in refused(capsys, *command_line(place, command), *overwrite)
+        (place / "out" / name).rmdir()
+    (place / "out" / "adapter_config.json").write_text("{}")
+    assert "adapter" in refused(capsys, *command_line(place, "prune"), "--overwrite")
+
+
+def test_no_file_takes_the_place_of_a_device(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    with refusal("is no file"):
+        write_text(tmp_path / "pipe", "x")
+    assert not (tmp_path / "pipe").is_file() and (tmp_path / "pipe").exists()
 
 
 def test_a_link_is_replaced_and_not_followed(tmp_path):
@@ -253,7 +272,9 @@ def test_models_are_replaced_by_name_and_nothing_else_is_deleted(tmp_path):
     (RuntimeError("[enforce fail at inline_container.cc:664] . unexpected pos 704 vs 598"), "disk is full"),
     (RuntimeError("PytorchStreamWriter failed writing file data/1: file write failed"), "disk is full"),
     (FileNotFoundError(2, "No such file", "/x/out"), "is gone"), (PermissionError(13, "Permission denied", "/x"), "/x"),
-    (MemoryError(), "memory"), (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried"), "memory"),
+    (MemoryError(), "memory"),
+    (FileNotFoundError(2, "No such file or directory"), "the system refuses"),
+    (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried"), "memory"),
 ])
 def test_what_the_machine_refuses_is_one_sentence(error, said, capsys, monkeypatch):
     assert said in refusal_of(error)

@@ -36,13 +36,15 @@ class Comparison:
 
     Args:
         args: a command's `model, calibration, text, output, overwrite, blocks, seeds, calibration_tokens,
-            sequence_length, batch_size, dtype`.
+            sequence_length, batch_size, dtype, trust_remote_code`.
+        name: of the files that will hold the result.
 
     Raises:
         MamaError: a file, a folder or a value makes no sense.
     """
 
-    def __init__(self, args):
+    def __init__(self, args, name: str):
+        self._files = [f"{name}.{kind}" for kind in ("json", "csv", "png")]
         self._args, trust = args, args.trust_remote_code
         self.seeds = parse_seeds(args.seeds)
         self._check_output()
@@ -61,7 +63,7 @@ class Comparison:
     def _check_output(self) -> None:
         args = self._args
         inputs = {"the model": args.model, "the calibration text": args.calibration, "the text": args.text}
-        self.output = check_output_dir(args.output, args.overwrite, inputs)
+        self.output = check_output_dir(args.output, args.overwrite, inputs, files=self._files)
 
     def __enter__(self) -> "Comparison":
         """Holds the output folder for this process, and loads and measures the dense model."""

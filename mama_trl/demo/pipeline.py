@@ -14,7 +14,7 @@ from .claim import check_folder, claim
 from .facts import report_of
 from .recipe import STAGES, RunConfig
 from .run import Run
-from .sections import check_shape
+from .sections import check_rows, check_shape
 from .stages import baselines, data, distill, distill_arguments, grpo, grpo_arguments, pretrain, sft, sft_arguments
 
 
@@ -60,3 +60,5 @@ def check_arguments(run: Run) -> None:
     grpo_arguments(run)
     distill_arguments(run, "distill")
     check_shape(run.config.shape(), run.config.data.vocab_size)
+    for stage in ("pretrain", "sft", "distill"):
+        check_rows(stage, getattr(run.config, stage), run.config.data.sequence_length)

@@ -10,6 +10,7 @@ from trl import SFTConfig
 from ..errors import MamaError, first_line
 from ..evaluation.weights import check_memory
 from ..fields import check_mapping
+from ..machine import physical_memory
 from ..training.distillation.config import MamaDistillationConfig
 from ..training.grpo.config import MamaGRPOConfig
 from ..training.settings import RANGES, check_buildable, check_schedule, check_values, refusals_of
@@ -56,6 +57,16 @@ def arguments(stage: str, given: dict[str, Any], **settings) -> Any:
     except MamaError as error:
         raise MamaError(f"section {stage}: {error}") from None
     return built
+
+
+def check_rows(stage: str, given: dict[str, Any], length: int) -> None:
+    """Raises `MamaError` for more sequences than memory can hold, which is how a stage keeps all of its own."""
+    steps, batch = (int(given.get(name, 8)) for name in ("max_steps", "per_device_train_batch_size"))
+    if 100 * steps * batch * length > physical_memory():  # Python's lists of token ids and labels
+        raise MamaError(
+            f"section {stage} asks for {steps} `max_steps` of {batch} sequences, which this machine's memory does not "
+            "hold: lower one of them."
+        )
 
 
 class _Values:

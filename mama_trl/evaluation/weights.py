@@ -2,7 +2,6 @@
 
 import json
 import logging
-import os
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Iterator
@@ -15,6 +14,7 @@ from transformers.utils import logging as their_logging
 
 from ..engines.apart import undivided
 from ..errors import MamaError, first_line, shown
+from ..machine import physical_memory
 
 _MOST = 100_000  # layers, heads or experts: beyond it a model is not even sketched
 _PARTS = ("layers", "layer", "heads", "head", "experts")
@@ -63,7 +63,7 @@ def sketch(source: str, config: PretrainedConfig) -> torch.nn.Module:
 def check_memory(source: str, model: torch.nn.Module) -> None:
     """Raises `MamaError` if a sketched model has more parameters than this machine's memory could hold in fp32."""
     wanted = 4 * sum(parameter.numel() for parameter in model.parameters())
-    there = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    there = physical_memory()
     if wanted > there:
         raise MamaError(
             f"{source} describes a model of {wanted / 2**30:,.0f} GiB, and this machine has {there / 2**30:,.0f}: make "

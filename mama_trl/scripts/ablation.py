@@ -78,7 +78,7 @@ def main(args) -> dict:
     from .levels import parse_levels
 
     levels = parse_levels(args.levels)
-    with Comparison(args) as setting:
+    with Comparison(args, "ablation") as setting:
         targets = find_targets(setting.model, experts=True)
         trials: list[dict] = []
         bar = None

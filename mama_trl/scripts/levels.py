@@ -49,7 +49,7 @@ def main(args) -> dict:
     if group:
         levels = [1.0 - group[0] / group[1]]
     check_fits_source(args.model, PruningOptions(sparsity=max(levels), pattern=args.pattern), args.trust_remote_code)
-    with Comparison(args) as setting:
+    with Comparison(args, "levels") as setting:
         trials = []
         with tqdm(total=len(methods) * len(levels) * len(setting.seeds), desc="levels") as bar:
             for method in methods:

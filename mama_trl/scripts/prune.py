@@ -7,7 +7,7 @@ from ..config import check_choice, check_sparsity
 from ..errors import MamaError
 from ..folders import check_output_dir
 from ..lock import locked
-from ..removal import remove_model_files
+from ..removal import MODEL_FILES, remove_model_files
 from ..writing import write_folder
 from .parser import CommandParser, options_of
 
@@ -172,7 +172,8 @@ def _check_output(args):
     from ..pruning.resume import Unfinished
 
     inputs = {"the model": args.model, "the calibration text": args.calibration}
-    return check_output_dir(args.output, args.overwrite or Unfinished.exists(args.output), inputs)
+    overwrite = args.overwrite or Unfinished.exists(args.output)
+    return check_output_dir(args.output, overwrite, inputs, files=MODEL_FILES)
 
 
 def _announce(unfinished, model, rows) -> None:

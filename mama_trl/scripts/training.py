@@ -18,7 +18,7 @@ from ..folders import check_output_dir, holds_something
 from ..lock import locked
 from ..masks.files import FOLDER, STATE_FILE
 from ..paths import check_not_written, is_dir
-from ..removal import MODEL_NAMES, remove_weights
+from ..removal import MODEL_FILES, remove_weights
 from ..training.checkpoints import cut_off, newest_whole
 from ..training.integrations import connect
 from ..training.settings import check_buildable, check_schedule
@@ -107,9 +107,10 @@ def _check_output(script_args, training_args, inputs: dict[str, Any], resume: Op
     beside = ["the checkpoint", "the config file", "the engine's config", *rewards]
     if resume is not None and Path(inputs["the model"]).resolve() == Path(resume).resolve():
         beside.append("the model")  # which the checkpoint's weights replace in any case
-    check_output_dir(given, script_args.overwrite or own, {**inputs, "the checkpoint": resume}, beside)
+    inputs["the checkpoint"] = resume
+    check_output_dir(given, script_args.overwrite or own, inputs, beside, MODEL_FILES)
     for what in beside[1:]:
-        check_not_written(inputs.get(what), [name for name, inner in MODEL_NAMES.items() if inner is None], given)
+        check_not_written(inputs.get(what), MODEL_FILES, given)
 
 
 def tokenizer_of(training_args, model_args):

@@ -24,7 +24,7 @@ RANGES: Mapping[str, Range] = {
         (
             "per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps",
             "eval_accumulation_steps", "max_length", "max_completion_length", "num_iterations",
-            "generation_batch_size", "steps_per_generation", "dataloader_prefetch_factor", "dataset_num_proc",
+            "generation_batch_size", "steps_per_generation", "dataloader_prefetch_factor",
             "ddp_bucket_cap_mb", "ddp_timeout", "ref_model_sync_steps", "torch_empty_cache_steps",
             "num_generations_eval", "vllm_tensor_parallel_size", "vllm_max_model_length", "lora_r",
         ),
@@ -33,7 +33,7 @@ RANGES: Mapping[str, Range] = {
     **dict.fromkeys(
         (
             "learning_rate", "warmup_steps", "weight_decay", "max_grad_norm", "eval_delay", "beta", "epsilon",
-            "epsilon_high", "entropy_coef", "dataloader_num_workers", "cross_entropy_weight",
+            "epsilon_high", "entropy_coef", "cross_entropy_weight",
             "save_total_limit", "num_completions_to_print", "router_aux_loss_coef", "neftune_noise_alpha",
             "max_tool_calling_iterations",
         ),
@@ -51,6 +51,8 @@ RANGES: Mapping[str, Range] = {
         ("min_p", "ref_model_mixup_alpha", "top_entropy_quantile", "vllm_gpu_memory_utilization"), _SHARE
     ),
     **dict.fromkeys(("seed", "data_seed"), _SEED),
+    "dataloader_num_workers": Range(0, 1024),
+    "dataset_num_proc": Range(1, 1024),
     "test_split_size": Range(0, above=True),
     "top_k": Range(-1),
     "top_p": Range(0, 1, above=True),
