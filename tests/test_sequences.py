@@ -183,13 +183,14 @@ def seen_in(trainer, mama) -> list[list[int]]:
     dict(packing=True, max_length=100), dict(packing=True, packing_strategy="bfd_split", max_length=20),
     dict(padding_free=True, max_length=None, pad_to_multiple_of=16), dict(max_length=64),
 ], ids=["packed", "split", "padding-free", "padded"])
-def test_sft_documents_are_captured_whole_and_apart(make_model, architecture, options):
+def test_sft_documents_are_captured_whole_and_apart(make_model, architecture, options, tmp_path):
     """Learned positions have an end: a flattened row of several documents would run over it."""
     name = "gpt2" if architecture is GPT2LMHeadModel else "llama"
     tokenizer = made.tokenizer()
     mama = MamaCallback(MamaConfig(sparsity=0.6, mask_start=2))
     trainer = SFTTrainer(
-        make_model(name, len(tokenizer)), args=SFTConfig(output_dir="unused", num_train_epochs=3, **options, **COMMON),
+        make_model(name, len(tokenizer)),
+        args=SFTConfig(output_dir=str(tmp_path), num_train_epochs=3, **options, **COMMON),
         train_dataset=made.dataset("text"), processing_class=tokenizer, callbacks=[mama],
     )
     length = options.get("max_length") if "split" in str(options) else None
