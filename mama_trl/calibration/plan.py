@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from ..model.targets import Target
+from .grams import first_of
 
 INPUT, OUTPUT = "(input)", "(output)"
 
@@ -35,6 +36,7 @@ class LayerGroup:
         norm: the submodule that makes what the layers read from the residual stream at `source`.
         last: the module at whose inputs a pass that measures the group may end.
         whole: the attention module, where the block can be started behind this group; see `silenced`.
+        apart: the probe did not show which targets read one tensor, so each gets a gram of its own.
 
     Places are names of submodules, meaning their inputs, or INPUT and OUTPUT of the block.
     """
@@ -47,6 +49,7 @@ class LayerGroup:
     source: str = ""
     last: Optional[nn.Module] = None
     whole: Optional[nn.Module] = None
+    apart: bool = False
 
 
 @dataclass(eq=False)
@@ -139,7 +142,7 @@ def plan_groups(
             group.norm, group.source = _source(block, group, plain, streams)
     uncalled = [t for t in own if t not in order]
     if uncalled:  # experts in a list to which no token of the probe came: measured over a whole pass, at the end
-        groups.append(LayerGroup(uncalled))
+        groups.append(LayerGroup(uncalled, apart=True))
     return groups
 
 
@@ -158,12 +161,13 @@ def _order(own: list[Target], run: Callable[[], Tensor]) -> tuple[list[Target], 
     called: list[nn.Module] = []
     inputs: dict[nn.Module, Tensor] = {}
 
-    def hook(module, args):
+    def hook(module, args, kwargs):
         if module not in inputs:
             called.append(module)
-            inputs[module] = args[0] if args else None
+            inputs[module] = first_of(args, kwargs)
 
-    handles = [module.register_forward_pre_hook(hook) for module in dict.fromkeys(t.module for t in own)]
+    modules = dict.fromkeys(t.module for t in own)
+    handles = [module.register_forward_pre_hook(hook, with_kwargs=True) for module in modules]
     try:
         run()
     finally:

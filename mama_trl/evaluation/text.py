@@ -1,50 +1,48 @@
 """Text from a file or a dataset, cut into sequences of token ids."""
 
-import json
 from pathlib import Path
+from typing import Any, Iterator
 
 import torch
 from torch import Tensor
 
 from ..errors import MamaError
+from .sources import (
+    KINDS,
+    check_file_name,
+    check_text,
+    is_lines,
+    is_plain_text,
+    one_split,
+    open_data,
+    read_plain,
+)
 
 
 def read_text(source: str | Path, split: str = "train") -> str:
-    """Text of a .txt file, of the `text` column of a .jsonl file, or of a datasets name or folder.
+    """A plain text file as it stands, or the `text` column of any other file, folder or datasets name.
 
     Documents are joined by a blank line. Raises `MamaError` if nothing readable is there.
     """
-    path = Path(source)
-    if path.is_file():
-        try:
-            text = path.read_text(encoding="utf-8")
-            if path.suffix in (".jsonl", ".json"):
-                text = "\n\n".join(json.loads(line)["text"] for line in text.splitlines() if line.strip())
-        except (UnicodeDecodeError, OSError) as error:
-            raise MamaError(f"{source} is not readable as UTF-8 text ({error}): give a .txt or .jsonl file.") from None
-        except (json.JSONDecodeError, KeyError, TypeError) as error:
-            raise MamaError(f"{source} is no JSON lines file with a column `text` ({error!r}).") from None
+    if is_plain_text(source):
+        text = read_plain(source)
     else:
-        text = _from_datasets(str(source), split)
+        text = "\n\n".join(_texts(one_split(open_data(source), split, source), source))
     if not text.strip():
-        raise MamaError(f"{source} holds no text: give a .txt file, a .jsonl file with `text`, or a datasets name.")
+        raise MamaError(f"{source} holds no text: give {KINDS}.")
     return text
 
 
-def _from_datasets(name: str, split: str) -> str:
-    from datasets import load_dataset
-
+def _texts(data: Any, source: str | Path) -> Iterator[str]:
+    if "text" not in data.column_names:
+        raise MamaError(f"{source} has no column `text`, only {', '.join(data.column_names)}: rename one.")
+    row = "line" if is_lines(source) else "row"
     try:
-        dataset = load_dataset(name, split=split)
-    except Exception as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise MamaError(
-            f"{name} is neither a file nor a dataset that can be loaded ({reason}): give a .txt file, a .jsonl file "
-            "with `text`, or a datasets name."
-        ) from None
-    if "text" not in dataset.column_names:
-        raise MamaError(f"dataset {name} has no column `text`, only {', '.join(dataset.column_names)}.")
-    return "\n\n".join(dataset["text"])
+        texts = list(data["text"])
+    except UnicodeDecodeError as error:
+        raise MamaError(f"{source} holds texts that are no UTF-8 ({error.reason}): save it again.") from None
+    for number, text in enumerate(texts, 1):
+        yield check_text(text, f"{source}, {row} {number}, `text`")
 
 
 def blocks(tokenizer, text: str, sequence_length: int, limit: int | None = None, seed: int | None = None) -> Tensor:
@@ -67,15 +65,6 @@ def blocks(tokenizer, text: str, sequence_length: int, limit: int | None = None,
     if seed is not None:
         rows = rows[torch.randperm(count, generator=torch.Generator().manual_seed(seed))]
     return rows[:limit]
-DATA_FORMATS = {".jsonl": "json", ".json": "json", ".txt": "text", ".parquet": "parquet", ".csv": "csv"}
-
-
-def check_file_name(source: str) -> None:
-    """Raises `MamaError` for a name that can only be a file and is none, before it is looked up on the hub."""
-    path = Path(source).expanduser()
-    looks_local = source.startswith((".", "/", "~")) or path.suffix in DATA_FORMATS
-    if looks_local and not path.exists():
-        raise MamaError(f"{source} does not exist: give a .txt file, a .jsonl file, or a datasets name.")
 
 
 def calibration_rows(tokenizer, source: str, length: int, tokens: int, seed: int):

@@ -1,11 +1,15 @@
 """Datasets of the training commands."""
 
-import os
-from pathlib import Path
+import string
 from typing import Optional
 
-from ..errors import MamaError, first_line
-from ..evaluation.text import DATA_FORMATS, check_file_name
+from ..errors import MamaError, root_of, shown
+from ..evaluation.sources import KINDS, check_file_name, open_data
+from .rows import check_learnable, check_rows
+
+# Columns that tokenizers read, in every stage and where answers are learned.
+_ASKED = ("text", "prompt", "question")
+_ANSWERED = ("completion", "answer", "messages")
 
 
 def load_data(script_args, dataset_args):
@@ -16,41 +20,22 @@ def load_data(script_args, dataset_args):
     Raises:
         MamaError: nothing named, not loadable, empty, or without the training split.
     """
-    from datasets import load_dataset
     from trl import get_dataset
 
     name, split = script_args.dataset_name, script_args.dataset_train_split
     if not name and not dataset_args.datasets:
-        raise MamaError("`dataset_name` is missing: give a .txt or .jsonl file, a datasets name, or `datasets:`.")
-    if name and not dataset_args.datasets:
-        check_file_name(name)
-    try:
-        if dataset_args.datasets:
+        raise MamaError(f"`dataset_name` is missing: give {KINDS}, or `datasets:` in a recipe.")
+    if dataset_args.datasets:
+        try:
             data = get_dataset(dataset_args)
-        elif Path(name).is_file():
-            data = _from_file(Path(name))
-        else:
-            data = load_dataset(name, name=script_args.dataset_config, streaming=script_args.dataset_streaming)
-    except MamaError:
-        raise
-    except Exception as error:  # builders raise anything, from parser errors to the hub's
-        raise MamaError(f"{name or '`datasets`'} cannot be loaded as a dataset: {first_line(error)}") from None
+        except Exception as error:  # builders raise anything, from parser errors to the hub's
+            raise MamaError(f"{name or '`datasets`'} cannot be loaded as a dataset: {root_of(error)}.") from None
+    else:
+        check_file_name(name)
+        data = open_data(name, script_args.dataset_config, script_args.dataset_streaming)
     if split not in data:
-        raise MamaError(f"`dataset_train_split` is {split!r}, but {name} has only {', '.join(data)}.")
+        raise MamaError(f"`dataset_train_split` is {shown(split)}, but {name} has only {', '.join(map(str, data))}.")
     return data
-
-
-def _from_file(path: Path):
-    from datasets import load_dataset
-
-    if path.suffix not in DATA_FORMATS:
-        raise MamaError(f"`dataset_name` is {path}, of no known format: use {', '.join(DATA_FORMATS)}.")
-    if not os.access(path, os.R_OK):
-        raise MamaError(f"`dataset_name` is {path}, which cannot be read: check its permissions.")
-    if not path.stat().st_size:
-        raise MamaError(f"`dataset_name` is {path}, an empty file: give one with data.")
-    options = {"sample_by": "paragraph"} if path.suffix == ".txt" else {}
-    return load_dataset(DATA_FORMATS[path.suffix], data_files=str(path), **options)
 
 
 def split_data(data, script_args, training_args) -> tuple:
@@ -59,17 +44,43 @@ def split_data(data, script_args, training_args) -> tuple:
         return data[script_args.dataset_train_split], None
     split = script_args.dataset_test_split
     if split not in data:
-        raise MamaError(f"`dataset_test_split` is {split!r}, not among {', '.join(data)}: set eval_strategy no.")
+        raise MamaError(
+            f"`dataset_test_split` is {shown(split)}, not among {', '.join(map(str, data))}: set eval_strategy no."
+        )
     return data[script_args.dataset_train_split], data[split]
 
 
 def prepared(script_args, training_args, dataset_args, completions: bool) -> tuple:
     """`(training, evaluation or None)` with prompts made as `with_prompts` says."""
     parts = split_data(load_data(script_args, dataset_args), script_args, training_args)
+    field = getattr(training_args, "dataset_text_field", "text")
+    read = (*_ASKED, *(_ANSWERED if completions else ()), field)
+    for part in parts:
+        if part is not None and completions and not script_args.prompt_template:
+            check_learnable(part, field)
     return tuple(
-        None if part is None else with_prompts(part, script_args.prompt_template, script_args.chat, completions)
+        None if part is None else with_prompts(
+            check_rows(part, read), script_args.prompt_template, script_args.chat, completions
+        )
         for part in parts
     )
+
+
+def _check_template(template: str, columns: list[str]) -> None:
+    """Raises `MamaError` unless `template` is text with plain `{column}` in it: no attributes, indices or widths."""
+    try:
+        parts = list(string.Formatter().parse(template))
+    except ValueError as error:
+        parts, plain, found = [], False, str(error)
+    else:
+        named = [part for part in parts if part[1] is not None]
+        plain = all(part[1] in columns and not part[2] and part[3] is None for part in named)
+        found = ", ".join(f"{{{part[1]}}}" for part in named)
+    if not plain:
+        raise MamaError(
+            f"`prompt_template` does not fit the columns {', '.join(columns)} ({found}): write {{column}}, and "
+            "{{ for a literal brace."
+        )
 
 
 def with_prompts(dataset, template: Optional[str], chat: bool, completions: bool):
@@ -85,13 +96,7 @@ def with_prompts(dataset, template: Optional[str], chat: bool, completions: bool
     """
     columns = list(dataset.column_names or [])
     if template:
-        try:
-            template.format_map(dict.fromkeys(columns, ""))
-        except (KeyError, IndexError, ValueError) as error:
-            raise MamaError(
-                f"`prompt_template` does not fit the columns {', '.join(columns)} ({error!r}): write {{column}}, and "
-                "{{ for a literal brace."
-            ) from None
+        _check_template(template, columns)
     elif "prompt" not in columns and "question" not in columns:
         return dataset
     answer = next((name for name in ("completion", "answer") if name in columns), None) if completions else None

@@ -6,20 +6,21 @@ from typing import Optional
 
 from torch import Tensor, nn
 
-from ..config import MamaConfig, parse_pattern
+from ..config import MamaConfig
 from ..engines import ranks
 from ..engines.detect import engine_of, shard_of, shards_of, unwrap
 from ..engines.shard import Shard
 from ..errors import MamaError
-from ..folders import write_atomically
 from ..indicators.history import sample
 from ..indicators.trajectory import STEM as STATISTICS
 from ..indicators.trajectory import Trajectory
 from ..masks.files import FOLDER, STATE_FILE, RangeReader, forget_others, write_ranges
 from ..masks.maskset import STEM as MASKS
 from ..masks.maskset import MaskSet
+from ..model.fits import check_fits
 from ..model.targets import Target, find_targets
 from ..pruning.update import check_weights
+from ..writing import write_json
 from .inputs import InputCapture
 from .persistence import require_whole
 
@@ -37,16 +38,17 @@ class RunState:
 
     Raises:
         MamaError: nothing to prune, an unsupported engine or adapters, frozen targets where the engine keeps no
-            master of them, a pattern that does not divide the inputs, or a weight that is NaN.
+            master of them, a pattern or sparsity that the matrices cannot have, or a weight that is NaN.
     """
 
     def __init__(self, model: nn.Module, config: MamaConfig, stage: str):
+        MamaConfig.__post_init__(config)  # what has been set since it was made is checked like what it was made with
         self.config, self.stage = config, stage
         self.engine = engine_of(model)  # single, ddp, zero1, zero2, zero3 or fsdp2
         self.model = unwrap(model)
         self.targets: list[Target] = find_targets(self.model, config.target_modules, config.exclude_modules)
         _check_trainable(self.targets, self.engine)
-        _check_pattern(self.targets, config)
+        check_fits(self.targets, config)
         self.shards: dict[str, Shard] = {shard.name: shard for shard in shards_of(_followed(self.targets))}
         check_weights(list(self.shards.values()))
         self.trajectory = Trajectory(list(self.shards.values()), config.recorded)
@@ -95,7 +97,7 @@ class RunState:
             }
             if self.attribution is not None:
                 state["attribution"] = self.attribution
-            write_atomically(state_file, lambda temporary: temporary.write_text(json.dumps(state, indent=1)))
+            write_json(state_file, state)
         ranks.wait(everyone)
 
     def restore(self, folder: Path, output_dir: str | Path) -> None:
@@ -151,14 +153,4 @@ def _check_trainable(targets: list[Target], engine: str) -> None:
             raise MamaError(
                 f"{target.name} is frozen, and {engine} keeps no optimizer copy of it that masks could be applied to: "
                 "put it into `exclude_modules`, or let it train."
-            )
-
-
-def _check_pattern(targets: list[Target], config: MamaConfig) -> None:
-    nm = parse_pattern(config.pattern)
-    for target in targets if nm and config.sparsity > 0 else []:
-        if target.shape[1] % nm[1]:
-            raise MamaError(
-                f"`pattern` is {config.pattern!r}, but {target.name} has {target.shape[1]} inputs, no multiple of "
-                f"{nm[1]}: put it into `exclude_modules`, or use unstructured."
             )
