@@ -130,7 +130,7 @@ def test_schedule(recipe):
     space = recipe(NAMES[4])
     levels = [row["mama/sparsity"] for row in space["trainer"].state.log_history if "mama/sparsity" in row]
     assert levels[:8] == pytest.approx([0, 0.25, 0.25, 0.5, 0.5, 0.75, 0.75, 0.75], abs=0.01)
-    with pytest.raises(MamaError, match="`mask_end` is 2, before `mask_start`"):
+    with pytest.raises(MamaError, match="`mask_end` is 2.0, before `mask_start`"):
         config.MamaConfig(mask_schedule="linear", mask_start=5, mask_end=2)
 
 
