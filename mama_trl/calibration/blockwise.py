@@ -1,6 +1,6 @@
 """Calibration block by block, each on the outputs of pruned blocks before it."""
 
-from typing import Iterator
+from typing import Iterator, Optional
 
 from torch import Tensor, nn
 
@@ -11,10 +11,12 @@ from ..model.sequences import Sequences, batches
 from ..model.targets import Target
 from .grams import Measured, collect
 from .progress import Progress
+from .source import BlocksInPlace
 
 
 def blockwise(
-    model: nn.Module, sequences: Sequences, targets: list[Target], progress: Progress, batch_size: int = 8
+    model: nn.Module, sequences: Sequences, targets: list[Target], progress: Progress, batch_size: int = 8,
+    source: Optional[BlocksInPlace] = None,
 ) -> Iterator[Measured]:
     """Yields the grams of each decoder block, calibrated on the blocks before it as its taker has changed them.
 
@@ -25,18 +27,22 @@ def blockwise(
     Args:
         sequences: token ids, int64 (n, sequence_length), or 1-D tensors of any lengths.
         progress: a block that it holds is restored instead of measured.
+        source: gives each block in a form that this process can run alone; default as it stands in the model.
 
     Raises:
         MamaError: blocks get arguments that depend on the tokens (such as embeddings per layer).
     """
+    source = source if source is not None else BlocksInPlace()
     blocks = find_blocks(model)
     parts = batches(sequences, batch_size, next(model.parameters()).device)
     progress.begin(len(blocks))
     with inference(model), experts_one_by_one(targets):
-        runner = BlockRunner(model, blocks)
+        runner = BlockRunner(model, blocks, source.may_stop)
         hidden = [runner.first_inputs(batch) for batch in parts]
         for index, (name, block) in enumerate(blocks):
             own = [t for t in targets if t.module_name.startswith(name + ".")]
+            block, own = source.take(index, name, block, own)
+            runner.put(index, block)
             if own and progress.holds(own):
                 progress.restore(own)
             elif own:
@@ -44,6 +50,7 @@ def blockwise(
                 progress.finish(own)
             for i, states in enumerate(hidden):
                 hidden[i] = runner.run(index, states)
+            source.release(index)
             progress.advance()
         hidden.clear()
         outside = [t for t in targets if t.block is None]

@@ -2,6 +2,7 @@
 
 from typing import Optional
 
+import torch
 from torch import Tensor
 
 from ..engines import ranks
@@ -83,3 +84,72 @@ def allocate(
     if blend == 0:
         return uniform(sizes, sparsity)
     return blended(sizes, global_densities(scores, sparsity, sizes, group), sparsity, blend)
+
+
+# ---------------------------------------------------------------------- by predicted losses
+
+_BINS = 1 << 13  # of a histogram of non-negative fp32 numbers: exponent and five bits of the mantissa, 3 % apart
+_PER_OCTAVE = 32
+_CHUNK = 1 << 20  # connections handled at once: bounds the extra memory
+
+
+def loss_histogram(squares: Tensor, outputs: Tensor, inputs: Tensor) -> Tensor:
+    """How many connections of a matrix have which predicted loss w² g² d, int64 (bins,): enough to share sparsity by,
+    and small enough to add up over ranks and to hold for every matrix.
+
+    Args:
+        squares: w² of some connections, 1-D.
+        outputs, inputs: what their outputs' gradients (g²) and their inputs (d) contribute, of the same shape.
+    """
+    counts = torch.zeros(_BINS, dtype=torch.int64, device=squares.device)
+    for square, row, column in zip(squares.split(_CHUNK), outputs.split(_CHUNK), inputs.split(_CHUNK)):
+        loss = (square.float() * row * column).clamp_(0, torch.finfo(torch.float32).max)
+        counts += torch.bincount(loss.view(torch.int32) >> 18, minlength=_BINS)
+    return counts
+
+
+def matrix_histogram(weight: Tensor, output_gradient: Tensor, input_worth: Tensor) -> Tensor:
+    """`loss_histogram` of a whole matrix (out, in) with g² (out,) and d (in,)."""
+    rows = max(_CHUNK // weight.shape[1], 1)
+    counts = torch.zeros(_BINS, dtype=torch.int64, device=weight.device)
+    for part, gradient in zip(weight.split(rows), output_gradient.split(rows)):
+        loss = part.float().square() * gradient.unsqueeze(1) * input_worth
+        counts += torch.bincount(loss.clamp_(0, 3e38).reshape(-1).view(torch.int32) >> 18, minlength=_BINS)
+    return counts
+
+
+def shares_by_loss(histograms: Tensor, sizes: list[int], sparsity: float, blend: float, shrink: float) -> list[float]:
+    """Sparsity of each matrix such that the predicted loss of what is pruned is least: one threshold over all.
+
+    A prediction around the dense model is trusted only so far: each matrix's losses are moved towards the others' by
+    `shrink` of the distance of their logarithmic means, and `blend` of what comes out is mixed with uniform.
+
+    Args:
+        histograms: int64 (matrices, bins), from `loss_histogram`; a row of zeros = nothing is known, uniform.
+        sizes: connections of each matrix.
+    """
+    counts = histograms.double().cpu()
+    known = counts.sum(1) > 0
+    places = torch.arange(_BINS, dtype=torch.float64)
+    means = (counts * places).sum(1) / counts.sum(1).clamp_min(1)
+    overall = (means * known).sum() / known.sum().clamp_min(1)
+    moves = (shrink * (overall - means)).round().long() * known
+    moved = torch.stack([_moved(row, int(step)) for row, step in zip(counts, moves)])
+    keep = (1 - sparsity) * float(counts[known].sum())
+    above = moved[known].sum(0).flip(0).cumsum(0).flip(0)  # how many lie in a bin or above it
+    edge = max(int((above >= keep).nonzero()[-1]) if bool((above >= keep).any()) else 0, 0)
+    behind = float(above[edge + 1]) if edge + 1 < _BINS else 0.0
+    inside = float(moved[known][:, edge].sum())
+    part = (keep - behind) / inside if inside else 0.0
+    kept = moved[:, edge + 1 :].sum(1) + part * moved[:, edge]
+    densities = [float(k / n) if yes else 1 - sparsity for k, n, yes in zip(kept, counts.sum(1), known)]
+    return blended(sizes, densities, sparsity, blend)
+
+
+def _moved(counts: Tensor, step: int) -> Tensor:
+    """`counts` moved up by `step` bins; what would leave the range stays in its outermost bin."""
+    if step == 0:
+        return counts
+    result = torch.zeros_like(counts)
+    places = (torch.arange(_BINS) + step).clamp(0, _BINS - 1)
+    return result.index_add_(0, places, counts)

@@ -111,6 +111,25 @@ def least_squares(
     return safer_rows(weight, new, start, gram, cross)
 
 
+def worth_of_inputs(gram: Tensor, damping: float = 1e-2) -> Tensor:
+    """1 / [A⁻¹]_jj of the damped gram A, (in,): what taking out a connection of weight 1 costs, all others refitted.
+
+    An input that is never active is worth nothing.
+
+    Args:
+        gram: fp32 (in, in), of any scale, which the result has too.
+        damping: on the unit diagonal.
+    """
+    scaled, scale = unit_diagonal(gram, damping)
+    while True:
+        factor, failed = torch.linalg.cholesky_ex(scaled)
+        if not failed:
+            worth = scale.square() / torch.cholesky_inverse(factor).diagonal()
+            return worth * (gram.diagonal() > 0)
+        scaled.diagonal().add_(damping)
+        damping *= 10
+
+
 def normal_equations(weight: Tensor, scaled: Tensor, scale: Tensor, damping: float, cross: Tensor | None) -> Tensor:
     """Right side B (out, in) of W' A = B in unit-diagonal space, A = `scaled` with its damping towards `weight`."""
     dense = weight * scale
