@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, LlamaForSequenceClassification
 
 from mama_trl.cli import main
+from mama_trl.demo import pipeline
 from mama_trl.demo.stage_file import FACTS, read_stage, write_stage
 from mama_trl.engines.detect import shards_of
 from mama_trl.errors import MamaError
@@ -29,7 +30,7 @@ from mama_trl.report.check import check_report
 from mama_trl.training.inputs import _read as read_inputs
 
 from .conftest import DENSE, MIXTURES, tiny
-from .faults import command_line, furnish, refusal, refused, tiny_model, tree, unchanged
+from .faults import ROOT, command_line, furnish, refusal, refused, tiny_model, tree, unchanged
 
 
 @pytest.fixture(scope="module")
@@ -297,6 +298,38 @@ def test_a_damaged_stage_is_done_again(tmp_path, caplog, damage):
     assert read_stage(tmp_path, "sft") is None
     assert "is done again" in caplog.text
     assert read_stage(tmp_path, "grpo") is None
+
+
+def test_a_run_does_again_what_is_damaged_and_what_rests_on_it(tmp_path, monkeypatch, capsys):
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text((ROOT / "configs" / "demo.yaml").read_text())
+    done: list[str] = []
+
+    def work(stage: str):
+        def inner(run, label):
+            done.append(stage)
+            (run.path(stage) / "model.safetensors").write_text(stage)
+            return facts_of(stage)
+
+        return inner
+
+    stages = list(FACTS)
+    for stage in stages:
+        monkeypatch.setattr(pipeline, stage, work(stage))
+    monkeypatch.setattr(pipeline, "report_of", lambda run: run.folder)
+
+    def again() -> list[str]:
+        done.clear()
+        pipeline.run_pipeline(recipe, output_dir=str(tmp_path / "run"))
+        return list(done)
+
+    assert again() == stages and again() == []
+    for index, stage in enumerate(stages):
+        folder = tmp_path / "run" / ("model" if stage == "distill" else stage)
+        for name, data in (("stage.json", b"{"), ("model.safetensors", b"x")):
+            (folder / name).write_bytes(data)
+            assert again() == stages[index:] and again() == []
+    assert "1/7 data: done before" in capsys.readouterr().out
 
 
 def test_a_file_that_a_user_adds_to_a_stage_is_nobodys_business(tmp_path):
