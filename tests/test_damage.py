@@ -278,7 +278,7 @@ def facts_of(stage: str) -> dict:
 
 
 @pytest.mark.parametrize("damage", [
-    "{", "", "null", "[]", "5", '{"name": "sft"}', "[" * 9999, "fact", "file", "size", "gone",
+    "{", "", "null", "[]", "5", '{"name": "sft"}', "[" * 9999, "fact", "checksum", "file", "size", "gone",
 ])
 def test_a_damaged_stage_is_done_again(tmp_path, caplog, damage):
     (tmp_path / "model.safetensors").write_bytes(bytes(range(100)))
@@ -287,6 +287,8 @@ def test_a_damaged_stage_is_done_again(tmp_path, caplog, damage):
     path = tmp_path / "stage.json"
     if damage == "fact":
         path.write_text(path.read_text().replace('"accuracy": 1', '"accuracy": 0'))
+    elif damage == "checksum":
+        path.write_text(path.read_text().replace("checksum", "checksun"))
     elif damage == "file":
         (tmp_path / "model.safetensors").write_bytes(bytes(range(99)) + b"x")
     elif damage == "size":
