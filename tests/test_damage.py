@@ -435,6 +435,20 @@ def test_models_that_are_not_what_they_say(root, tmp_path, kind):
             load_model(str(folder))
 
 
+def test_a_refusal_after_the_model_is_loaded_leaves_nothing_either(tmp_path, capsys):
+    place = furnish(tmp_path)
+    with unchanged(place):
+        argv = command_line(place, "prune")
+        assert "removes none" in refused(capsys, *argv, "--pattern", "neurons", "--sparsity", "0.001")
+
+
+def test_a_generation_config_that_could_not_be_saved_is_said_before_training(tmp_path, capsys):
+    place = furnish(tmp_path)
+    (place / "model" / "generation_config.json").write_text('{"temperature": -5, "eos_token_id": 7}')
+    with unchanged(place):
+        assert "generation_config.json" in refused(capsys, *command_line(place, "sft"))
+
+
 def test_a_classifiers_folder_is_no_language_model(root, tmp_path, capsys):
     classifier = LlamaForSequenceClassification.from_pretrained(root / "dense")
     classifier.save_pretrained(tmp_path / "classifier")

@@ -99,8 +99,8 @@ def check_calibration(calibration: Optional[Tensor]) -> None:
     if not isinstance(calibration, Tensor) or calibration.dim() != 2 or calibration.is_floating_point():
         found = list(calibration.shape) if isinstance(calibration, Tensor) else shown(calibration)
         raise MamaError(f"`calibration` is {found}: give token ids, whole numbers of shape (n, sequence_length).")
-    if not calibration.numel() or calibration.shape[1] < 2:
-        raise MamaError(f"`calibration` has shape {list(calibration.shape)}: give sequences of at least two tokens.")
+    if not calibration.numel():
+        raise MamaError(f"`calibration` has shape {list(calibration.shape)}: give at least one sequence of tokens.")
 
 
 def check_method(options: PruningOptions, method: Method, calibration: bool) -> None:
