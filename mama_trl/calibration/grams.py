@@ -16,8 +16,15 @@ from ..solvers.problem import Goal, Gram
 
 @dataclass
 class Measured:
-    """Layers that were measured together, and what was measured: by target name their `grams`, and `goals` for those
-    that have one. Whoever takes it may empty both, so that no gram is held longer than needed."""
+    """What was measured of layers that are pruned together.
+
+    Whoever takes it may empty `grams` and `goals`, so that no gram is held longer than needed.
+
+    Args:
+        targets: the layers.
+        grams: of their inputs, by target name; layers that read one tensor share one.
+        goals: what they should put out, by target name, for those that have one.
+    """
 
     targets: list[Target]
     grams: dict[str, Gram]
@@ -25,10 +32,10 @@ class Measured:
 
 
 class _ExpertInputs(TorchFunctionMode):
-    """Sees every matrix product while it is active; where one factor is a fused expert, the other is its input.
+    """Adds to an expert's gram whatever is multiplied with its slice of the fused weights, while it is active.
 
-    Works whatever the module is called and however it routes: a product with `parameter[expert]` (any of `linear`,
-    `matmul`, `@`, `mm`) or a batched product with the whole 3-D parameter.
+    It watches every matrix product, so that neither the module's name nor its way of routing matters: a product with
+    `parameter[expert]` (any of `linear`, `matmul`, `@`, `mm`) or a batched product with the whole 3-D parameter.
     """
 
     _PRODUCTS = {F.linear, torch.matmul, Tensor.matmul, Tensor.__matmul__, torch.mm, Tensor.mm}
@@ -62,10 +69,20 @@ class _ExpertInputs(TorchFunctionMode):
                     self._grams[target.name].add(rows[(rows != 0).any(-1)])  # tokens of other experts are zeroed
 
 
-def collect(module: nn.Module, targets: list[Target], forward: Callable[[], None]) -> dict[str, Gram]:
+def first_of(args: tuple, kwargs: dict) -> Tensor:
+    """What a layer reads, whether it is called by position or by name."""
+    return args[0] if args else next(iter(kwargs.values()))
+
+
+def collect(
+    module: nn.Module, targets: list[Target], forward: Callable[[], None], share: bool = True
+) -> dict[str, Gram]:
     """Grams by target name while `forward` runs `module`; layers that read the very same tensor share one `Gram`.
 
     A fused expert's gram is over the tokens that were routed to it.
+
+    Args:
+        share: False where ranks add their grams up and one may call layers that another does not.
     """
     linear = [t for t in targets if t.expert is None]
     fused = [t for t in targets if t.expert is not None]
@@ -76,7 +93,7 @@ def collect(module: nn.Module, targets: list[Target], forward: Callable[[], None
     def note(target: Target, inputs: Tensor) -> None:
         if target.name not in leader:
             # Query, key and value (gate and up) are called one after the other on one and the same tensor.
-            leader[target.name] = last[1] if last[0] is inputs else target.name
+            leader[target.name] = last[1] if share and last[0] is inputs else target.name
             if leader[target.name] == target.name:
                 grams[target.name] = Gram.zeros(target.shape[1], target.parameter.device)
             else:
@@ -84,17 +101,17 @@ def collect(module: nn.Module, targets: list[Target], forward: Callable[[], None
         first = leader[target.name]
         if first == target.name:
             grams[first].add(inputs)
-        elif last[0] is not inputs:
+        elif share and last[0] is not inputs:
             raise MamaError(
                 f"{target.name} does not read the tensor that {first} reads in every batch: this model's layers "
                 "cannot be calibrated."
             )
         last[:] = inputs, first
 
-    handles = [
-        t.module.register_forward_pre_hook(lambda _, args, t=t: note(t, args[0]))
-        for t in linear
-    ]
+    def hook_of(target: Target) -> Callable:
+        return lambda _, args, kwargs: note(target, first_of(args, kwargs))
+
+    handles = [t.module.register_forward_pre_hook(hook_of(t), with_kwargs=True) for t in linear]
     try:
         with _ExpertInputs(fused, grams) if fused else nullcontext():
             forward()
@@ -111,4 +128,4 @@ def collect(module: nn.Module, targets: list[Target], forward: Callable[[], None
     for target in linear:  # an expert in a list of modules to which no token came
         if target.name not in grams:
             grams[target.name] = Gram.zeros(target.shape[1], target.parameter.device)
-    return grams
+    return {target.name: grams[target.name] for target in targets}  # in the same order on every rank

@@ -1,4 +1,4 @@
-"""What the processes of one run tell each other. Everything here is collective: all ranks of `group` call it.
+"""Collectives, the few that are needed: every function is called by all ranks of `group`.
 
 A `group` is a process group, or None where a rank is on its own (one process, or parameters that every rank
 holds whole), so that the same code serves both.
@@ -27,7 +27,7 @@ def rank(group: Group) -> int:
 
 
 def _there(tensor: Tensor, group: Group) -> Tensor:
-    """`tensor` where the backend can send it from: NCCL takes no CPU tensors (an offloaded optimizer's)."""
+    """`tensor` on a device that the backend sends from: NCCL takes no CPU tensors (an offloaded optimizer's)."""
     if tensor.device.type == "cpu" and dist.get_backend(group) == "nccl":
         return tensor.to(torch.device("cuda", torch.cuda.current_device()))
     return tensor.contiguous()
@@ -43,10 +43,18 @@ def total(tensor: Tensor, group: Group) -> Tensor:
 
 
 def smallest(number: int, group: Group, device: torch.device) -> int:
+    return _extreme(number, group, device, dist.ReduceOp.MIN)
+
+
+def largest(number: int, group: Group, device: torch.device) -> int:
+    return _extreme(number, group, device, dist.ReduceOp.MAX)
+
+
+def _extreme(number: int, group: Group, device: torch.device, which) -> int:
     if group is None:
         return number
     value = _there(torch.tensor(number, device=device), group)
-    dist.all_reduce(value, dist.ReduceOp.MIN, group=group)
+    dist.all_reduce(value, which, group=group)
     return int(value)
 
 
@@ -67,6 +75,15 @@ def from_rank(tensor: Tensor, source: int, group: Group) -> Tensor:
     sent = _there(tensor, group)
     dist.broadcast(sent, src=dist.get_global_rank(group, source), group=group)
     return sent.to(tensor.device)
+
+
+def row_from_rank(row: Tensor, source: int, group: Group) -> Tensor:
+    """Rank `source`'s 1-D tensor, on every rank; each may come with one of another length."""
+    if group is None:
+        return row
+    length = int(from_rank(torch.tensor(row.numel(), device=row.device), source, group))
+    own = row if rank(group) == source else torch.empty(length, dtype=row.dtype, device=row.device)
+    return from_rank(own.clone(), source, group)
 
 
 def agree(digest: str, group: Group, device: torch.device) -> bool:

@@ -6,35 +6,37 @@ from dataclasses import dataclass, field, replace
 from typing import Iterator, Optional
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from ..calibration.blockwise import blockwise
 from ..calibration.grams import Measured
 from ..calibration.progress import Progress
 from ..calibration.stagewise import stagewise
 from ..config import RECORDED_BUDGETS, PruningOptions, check_choice
-from ..errors import MamaError, shown
+from ..errors import MamaError
 from ..indicators.calibration_gradients import sensitivities
 from ..indicators.combine import Criterion
 from ..indicators.source import ScoreSource, StoredScores
 from ..masks.maskset import MaskSet
 from ..model.fits import check_fits
+from ..model.language import check_readable
+from ..model.sequences import Sequences, check_sequences, spread_evenly, tokens_in
 from ..model.targets import Target, find_targets
 from ..selection.allocation import allocate
 from ..solvers.magnitude import magnitude
 from ..solvers.methods import METHODS, Method
-from ..solvers.problem import LayerProblem, Solution
+from ..solvers.problem import Gram, LayerProblem, Solution
 from .placement import LocalPlacement
 
 logger = logging.getLogger(__name__)
-# A layer that sees fewer calibration tokens than this, while others see all, is an expert that was hardly asked.
+# An expert of a mixture to which the router sends fewer calibration tokens than this is pruned by magnitude.
 FEWEST_TOKENS = 64
 TOKENS_PER_INPUT = 16
 
 
 def prune(
     model: nn.Module,
-    calibration: Optional[Tensor] = None,
+    calibration: Optional[Sequences] = None,
     method: str | Method = "mama",
     sparsity: float = PruningOptions.sparsity,
     scores: Optional[ScoreSource] = None,
@@ -51,7 +53,7 @@ def prune(
     magnitude, without redistribution; which ones is logged once.
 
     Args:
-        calibration: token ids, int64 (n, sequence_length); not needed by magnitude.
+        calibration: token ids, int64 (n, sequence_length), or 1-D tensors of any lengths; not needed by magnitude.
         method: a name in `METHODS`, or a `Method`.
         sparsity: pruned share of the prunable connections, in [0, 1).
         scores: where indicators and budgets come from that a training run recorded (see indicators/recorded.py).
@@ -65,9 +67,10 @@ def prune(
         MamaError: a value makes no sense or would have no effect, or calibration tokens or scores are missing.
     """
     options = PruningOptions(sparsity=sparsity, **options)
-    check_calibration(calibration)
+    check_sequences(calibration)
     if isinstance(method, str):
         method = METHODS[check_choice(method, tuple(METHODS), "method")]
+    check_readable(model, calibration)
     scores = scores if scores is not None else StoredScores()
     if placement is None:
         placement = LocalPlacement(find_targets(model, options.target_modules, options.exclude_modules, experts=True))
@@ -80,7 +83,7 @@ def prune(
     if not isinstance(progress, Progress):
         progress = Progress(f"prune ({method.label})", progress)
     progress.masks = placement.found
-    tokens = 0 if calibration is None else calibration.numel()
+    tokens = 0 if calibration is None else tokens_in(calibration)
     sweep = _Sweep(method, options, scores, layer_sparsity, placement, tokens)
     walk = _walk(model, calibration, method, placement, batch_size, progress)
     with torch.no_grad(), closing(progress), closing(walk):
@@ -90,17 +93,6 @@ def prune(
     result = placement.masks(options.pattern)
     result.apply()
     return result
-
-
-def check_calibration(calibration: Optional[Tensor]) -> None:
-    """Raises `MamaError` if `calibration` is given and is no token ids."""
-    if calibration is None:
-        return
-    if not isinstance(calibration, Tensor) or calibration.dim() != 2 or calibration.is_floating_point():
-        found = list(calibration.shape) if isinstance(calibration, Tensor) else shown(calibration)
-        raise MamaError(f"`calibration` is {found}: give token ids, whole numbers of shape (n, sequence_length).")
-    if not calibration.numel():
-        raise MamaError(f"`calibration` has shape {list(calibration.shape)}: give at least one sequence of tokens.")
 
 
 def check_method(options: PruningOptions, method: Method, calibration: bool) -> None:
@@ -140,7 +132,7 @@ def check_redistribution(options: PruningOptions, targets: list[Target]) -> None
 
 
 def _allocated(
-    model: nn.Module, calibration: Optional[Tensor], method: Method, options: PruningOptions, scores: ScoreSource,
+    model: nn.Module, calibration: Optional[Sequences], method: Method, options: PruningOptions, scores: ScoreSource,
     placement: LocalPlacement, batch_size: int, progress: bool,
 ) -> dict[str, float]:
     """Sparsity by target name under the options' budget."""
@@ -161,7 +153,7 @@ def _allocated(
 
 
 def _walk(
-    model: nn.Module, calibration: Optional[Tensor], method: Method, placement: LocalPlacement, batch_size: int,
+    model: nn.Module, calibration: Optional[Sequences], method: Method, placement: LocalPlacement, batch_size: int,
     progress: Progress,
 ) -> Iterator[Measured]:
     """The walk through the model that measures what the method needs."""
@@ -189,6 +181,7 @@ class _Sweep:
     placement: LocalPlacement
     tokens: int
     rare: list[str] = field(default_factory=list)
+    unseen: set[str] = field(default_factory=set)
 
     def solve(self, measured: Measured) -> None:
         """Prunes the layers that were measured together."""
@@ -212,6 +205,8 @@ class _Sweep:
         criterion, inputs = Criterion(self.options.weights), measured.grams.get(target.name)
         if inputs is not None and inputs.tokens < min(FEWEST_TOKENS, self.tokens):
             self.rare.append(target.name)
+            if inputs.tokens == 0 and not target.of_mixture:
+                self.unseen.add(target.name)
         found = {name: self.scores.whole(name, target) for name in criterion.sourced}
         read = self.placement.read(measured.targets, target)
         if read is None:
@@ -221,7 +216,7 @@ class _Sweep:
             sparsity=self.layer_sparsity.get(target.name, self.options.sparsity),
             nm=self.options.nm,
             by_row=self.options.scope == "row",
-            inputs=inputs,
+            inputs=Gram.zeros(0, target.device) if inputs is None else inputs,
             goal=measured.goals.get(target.name),
             redistribution=self.options.redistribution,
             criterion=criterion,
@@ -229,27 +224,30 @@ class _Sweep:
         )
 
     def warn_of_rare(self) -> None:
-        if self.rare:
+        uncalled = [name for name in self.rare if name in self.unseen]
+        few = [name for name in self.rare if name not in self.unseen]
+        how, all_of_them = "pruned by magnitude without redistribution", len(self.placement.targets)
+        if few:
             logger.warning(
-                "%d of %d matrices saw fewer than %d calibration tokens and were pruned by magnitude without "
-                "redistribution (%s%s): more calibration tokens would reach them.",
-                len(self.rare), len(self.placement.targets), FEWEST_TOKENS, ", ".join(self.rare[:5]),
-                ", ..." if len(self.rare) > 5 else "",
+                "%d of %d matrices saw fewer than %d calibration tokens and were %s (%s): more calibration tokens "
+                "would reach them.", len(few), all_of_them, FEWEST_TOKENS, how, _some(few),
+            )
+        if uncalled:
+            logger.warning(
+                "%d of %d matrices are never called as modules, since their weights are used directly, so what they "
+                "read cannot be measured; they were %s (%s).", len(uncalled), all_of_them, how, _some(uncalled),
             )
 
 
-def _enough(calibration: Tensor, targets: list[Target]) -> Tensor:
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:5]) + (", ..." if len(names) > 5 else "")
+
+
+def _enough(calibration: Sequences, targets: list[Target]) -> Sequences:
     """The calibration sequences that MAMA reads: half of them, or more if that were fewer than 16 tokens per input.
 
     It goes through each block about five times where one-pass methods go twice, so that it costs about the same.
     """
     widest = max(target.shape[1] for target in targets)
-    least = -(-TOKENS_PER_INPUT * widest // calibration.shape[1])
+    least = -(-TOKENS_PER_INPUT * widest * len(calibration) // max(tokens_in(calibration), 1))
     return spread_evenly(calibration, max(-(-len(calibration) // 2), least))
-
-
-def spread_evenly(sequences: Tensor, count: int) -> Tensor:
-    """At most `count` sequences, evenly from all: the first may be of one kind of text, the last of another."""
-    if count >= len(sequences):
-        return sequences
-    return sequences[torch.arange(count, device=sequences.device) * len(sequences) // count]

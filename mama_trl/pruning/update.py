@@ -18,6 +18,7 @@ from ..indicators.source import TrainingScores
 from ..indicators.trajectory import Trajectory
 from ..masks.bits import pack_bits
 from ..masks.maskset import MaskSet
+from ..model.sequences import Sequences
 from ..model.targets import Target
 from ..selection.allocation import allocate, uniform
 from ..selection.everywhere import global_packed_masks
@@ -37,8 +38,7 @@ class Update:
     Args:
         model: the unwrapped model.
         shards: of the targets' weights and biases, by parameter name.
-        calibration: this rank's token ids, int64 (n, sequence_length), the same n on every rank; needed by
-            activation and by redistribution.
+        calibration: this rank's token ids, in any number and lengths; needed by activation and by redistribution.
     """
 
     model: nn.Module
@@ -47,7 +47,7 @@ class Update:
     config: MamaConfig
     trajectory: Optional[Trajectory] = None
     optimizer: Optional[object] = None
-    calibration: Optional[Tensor] = None
+    calibration: Optional[Sequences] = None
 
     @property
     def owned(self) -> list[Shard]:

@@ -10,17 +10,19 @@ from pathlib import Path
 from typing import Callable, Optional
 
 import torch
-from torch import Tensor
 from transformers import TrainerCallback
 
 from ..config import MamaConfig
 from ..engines import ranks
+from ..engines.detect import unwrap
 from ..engines.zero import hook_steps
 from ..errors import MamaError
 from ..indicators.trajectory import Trajectory
 from ..masks.maskset import MaskSet
+from ..model.sequences import Sequences, check_sequences
 from .card import CardFacts, write_card
 from .checkpoints import cut_off
+from .checks import check_saveable, check_trainer
 from .persistence import beside, check_limit, forget_best, resumed_from
 from .regimes import HardMasks, Regime
 from .state import RunState
@@ -37,24 +39,25 @@ class MamaCallback(TrainerCallback):
 
     Args:
         config: what to prune and when.
-        calibration: token ids, int64 (n, sequence_length), for input norms and grams. Default: the training
-            batches seen just before the mask update.
+        calibration: token ids, int64 (n, sequence_length) or 1-D tensors of any lengths, for input norms and grams.
+            Default: the training batches seen just before the mask update.
         stage: name of this stage in the trajectory's history.
         regime: how the run becomes sparse; made when training begins, of the run's state, its number of steps and
             `calibration`.
 
     `run` (the run's state) and `regime` are there once training has begun.
 
-    Raises (at construction):
-        MamaError: `calibration_tokens` beside `calibration`, which would have no effect.
+    Raises (at construction, its own or the trainer's that it is given to):
+        MamaError: `calibration_tokens` beside `calibration`, which would have no effect; nothing to prune, adapters, or
+            anything else in checks.py.
     Raises (at the start of training):
-        MamaError: nothing to prune, unsupported engine or adapters, masks of another model.
+        MamaError: an unsupported engine, masks of another model.
     """
 
     recorded_statistics: Optional[tuple[str, ...]] = None  # those that this stage records; None = all it keeps
 
     def __init__(
-        self, config: Optional[MamaConfig] = None, calibration: Optional[Tensor] = None, stage: str = "train",
+        self, config: Optional[MamaConfig] = None, calibration: Optional[Sequences] = None, stage: str = "train",
         regime: Callable[..., Regime] = HardMasks,
     ):
         self.config = config if config is not None else MamaConfig()
@@ -63,6 +66,7 @@ class MamaCallback(TrainerCallback):
                 f"`calibration_tokens` is {self.config.calibration_tokens!r}, but `calibration` is given, so no tokens "
                 "of batches are kept: leave one of them out."
             )
+        check_sequences(calibration)
         self.calibration = calibration
         self.stage = stage
         self.run: Optional[RunState] = None
@@ -74,7 +78,9 @@ class MamaCallback(TrainerCallback):
 
     # ------------------------------------------------------------------ events
 
-    def on_init_end(self, args, state, control, **kwargs):
+    def on_init_end(self, args, state, control, model=None, **kwargs):
+        if model is not None:
+            check_trainer(args, model, self.config, self.calibration)
         sentence = cut_off(args.output_dir)
         if sentence and args.should_save:
             logger.warning(sentence)
@@ -83,6 +89,7 @@ class MamaCallback(TrainerCallback):
     def on_train_begin(self, args, state, control, model=None, optimizer=None, **kwargs):
         self._release_hooks()
         check_limit(args)
+        check_saveable(unwrap(model))
         self.run = RunState(model, self.config, self.stage)
         if state.global_step > 0:
             self.run.restore(resumed_from(args, state), args.output_dir)

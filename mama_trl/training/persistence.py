@@ -26,8 +26,11 @@ def check_limit(args) -> None:
 
 
 def resumed_from(args, state) -> Path:
-    """The checkpoint that the Trainer resumed, which it tells nobody: the one that the arguments name, or the one in
-    the output folder, if its Trainer state is the one that was loaded. Raises `MamaError` if it is another run's."""
+    """The folder of the checkpoint that the Trainer has resumed from.
+
+    The Trainer does not say which: it is the one that the arguments name, or else the one in the output folder whose
+    Trainer state equals the loaded one. Raises `MamaError` if that is another run's.
+    """
     given = args.resume_from_checkpoint
     if isinstance(given, str) and Path(given).is_dir():
         return Path(given)
@@ -78,7 +81,8 @@ def _from_hub(name: str) -> Optional[Path]:
 
 
 def forget_best(state) -> None:
-    """Lets `load_best_model_at_end` and early stopping start anew: what is not sparse yet is no best model."""
+    """Forgets the best model so far, as `load_best_model_at_end` and early stopping know it: one from before the last
+    mask update is not yet as sparse as asked for."""
     state.best_metric = None
     state.best_model_checkpoint = None
     state.best_global_step = None

@@ -6,11 +6,9 @@ the same five methods, given to `MamaCallback(config, regime=...)`: see docs/ext
 
 from typing import Optional
 
-from torch import Tensor
-
-from ..engines import ranks
 from ..errors import MamaError
 from ..indicators.history import histogram
+from ..model.sequences import Sequences, own_share
 from ..pruning.prune import check_redistribution
 from ..pruning.update import Update, check_moments, update_masks
 from .schedule import Schedule
@@ -18,7 +16,7 @@ from .state import RunState
 
 
 class Regime:
-    """What a regime is asked, in the order of a run. All of it is collective.
+    """The interface of a regime: methods in the order in which a run calls them. All of them are collective.
 
     Tensors that must survive a kill go into `run.regime_tensors` (what this rank owns of each parameter, by a name that
     ends in "/" and the parameter's): they are saved with each checkpoint and are there again when a resumed run begins.
@@ -29,7 +27,7 @@ class Regime:
         calibration: token ids to calibrate on, or None for the newest training batches.
     """
 
-    def __init__(self, run: RunState, total_steps: int, calibration: Optional[Tensor] = None):
+    def __init__(self, run: RunState, total_steps: int, calibration: Optional[Sequences] = None):
         self.run, self.total_steps, self.calibration = run, total_steps, calibration
 
     @property
@@ -52,14 +50,14 @@ class Regime:
 
 
 class HardMasks(Regime):
-    """Masks on a schedule: one early mask, a cubic ramp, or the masks there are; zeros after every step.
+    """Masks on a schedule (one early mask, a ramp, or those that there are), and exact zeros after every step.
 
     Raises:
         MamaError: `mask_schedule` is hold and there are no masks.
     """
 
     def __init__(
-        self, run: RunState, total_steps: int, calibration: Optional[Tensor] = None,
+        self, run: RunState, total_steps: int, calibration: Optional[Sequences] = None,
         schedule: Optional[Schedule] = None,
     ):
         super().__init__(run, total_steps, calibration)
@@ -81,7 +79,11 @@ class HardMasks(Regime):
         return self.schedule.last
 
     def after_step(self, buckets: Optional[set[int]] = None) -> None:
-        if self.run.masks is not None:
+        if self.run.masks is None:
+            return
+        if buckets is None:  # nobody is about to make working copies of these masters
+            self.run.masks.enforce()
+        else:
             self.run.masks.apply(buckets=buckets)
 
     def end_step(self, step: int, optimizer) -> bool:
@@ -101,13 +103,7 @@ class HardMasks(Regime):
                 run.attribution = histogram(run.trajectory, "reward", run.masks)
         return True
 
-    def _own_calibration(self) -> Optional[Tensor]:
-        """This rank's share of the calibration sequences, as many as every other rank has."""
-        everyone = ranks.everyone()
+    def _own_calibration(self) -> Optional[Sequences]:
+        """This rank's calibration sequences; None where some rank has none."""
         device = next(iter(self.run.shards.values())).parameter.device
-        rows = self.run.inputs.rows()
-        if self.calibration is not None:
-            enough = len(self.calibration) >= ranks.size(everyone)
-            rows = self.calibration[ranks.rank(everyone) :: ranks.size(everyone)] if enough else self.calibration
-        count = ranks.smallest(0 if rows is None else len(rows), everyone, device)
-        return rows[:count].to(device) if count else None
+        return own_share(self.calibration, self.run.inputs.sequences(), device)

@@ -108,8 +108,8 @@ class RunState:
         self.attribution = stored.get("attribution")
         self._take_up(folder, resume=True)
         reader = RangeReader.find(folder, REGIME)
-        names = reader.names if reader is not None else []
-        self.regime_tensors = {key: reader.read(key, *self._range(key)) for key in names}
+        for key in reader.names if reader is not None else []:
+            self.regime_tensors[key] = reader.read(key, *self._range(key)).to(self._shard(key).master.device)
 
     def inherit(self, folder: Optional[Path]) -> None:
         """Takes up masks and statistics that an earlier stage left beside the model; None = there is no such place."""
@@ -124,8 +124,12 @@ class RunState:
 
     def _range(self, key: str) -> tuple[int, int]:
         """What this rank owns of the parameter that a regime's tensor belongs to."""
-        shard = self.shards[key.rpartition("/")[2]]
+        shard = self._shard(key)
         return shard.start, shard.length
+
+    def _shard(self, key: str) -> Shard:
+        """The parameter that a regime's tensor belongs to."""
+        return self.shards[key.rpartition("/")[2]]
 
 
 def fields_of(config: MamaConfig) -> dict:
