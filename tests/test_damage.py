@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, LlamaForSequenceClassification
 
 from mama_trl.cli import main
+from mama_trl.demo import pipeline
 from mama_trl.demo.stage_file import FACTS, read_stage, write_stage
 from mama_trl.engines.detect import shards_of
 from mama_trl.errors import MamaError
@@ -29,7 +30,7 @@ from mama_trl.report.check import check_report
 from mama_trl.training.inputs import _read as read_inputs
 
 from .conftest import DENSE, MIXTURES, tiny
-from .faults import command_line, furnish, refusal, refused, tiny_model, tree, unchanged
+from .faults import ROOT, command_line, furnish, refusal, refused, tiny_model, tree, unchanged
 
 
 @pytest.fixture(scope="module")
@@ -277,7 +278,7 @@ def facts_of(stage: str) -> dict:
 
 
 @pytest.mark.parametrize("damage", [
-    "{", "", "null", "[]", "5", '{"name": "sft"}', "[" * 9999, "fact", "file", "size", "gone",
+    "{", "", "null", "[]", "5", '{"name": "sft"}', "[" * 9999, "fact", "checksum", "file", "size", "gone",
 ])
 def test_a_damaged_stage_is_done_again(tmp_path, caplog, damage):
     (tmp_path / "model.safetensors").write_bytes(bytes(range(100)))
@@ -286,6 +287,8 @@ def test_a_damaged_stage_is_done_again(tmp_path, caplog, damage):
     path = tmp_path / "stage.json"
     if damage == "fact":
         path.write_text(path.read_text().replace('"accuracy": 1', '"accuracy": 0'))
+    elif damage == "checksum":
+        path.write_text(path.read_text().replace("checksum", "checksun"))
     elif damage == "file":
         (tmp_path / "model.safetensors").write_bytes(bytes(range(99)) + b"x")
     elif damage == "size":
@@ -297,6 +300,38 @@ def test_a_damaged_stage_is_done_again(tmp_path, caplog, damage):
     assert read_stage(tmp_path, "sft") is None
     assert "is done again" in caplog.text
     assert read_stage(tmp_path, "grpo") is None
+
+
+def test_a_run_does_again_what_is_damaged_and_what_rests_on_it(tmp_path, monkeypatch, capsys):
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text((ROOT / "configs" / "demo.yaml").read_text())
+    done: list[str] = []
+
+    def work(stage: str):
+        def inner(run, label):
+            done.append(stage)
+            (run.path(stage) / "model.safetensors").write_text(stage)
+            return facts_of(stage)
+
+        return inner
+
+    stages = list(FACTS)
+    for stage in stages:
+        monkeypatch.setattr(pipeline, stage, work(stage))
+    monkeypatch.setattr(pipeline, "report_of", lambda run: run.folder)
+
+    def again() -> list[str]:
+        done.clear()
+        pipeline.run_pipeline(recipe, output_dir=str(tmp_path / "run"))
+        return list(done)
+
+    assert again() == stages and again() == []
+    for index, stage in enumerate(stages):
+        folder = tmp_path / "run" / ("model" if stage == "distill" else stage)
+        for name, data in (("stage.json", b"{"), ("model.safetensors", b"x")):
+            (folder / name).write_bytes(data)
+            assert again() == stages[index:] and again() == []
+    assert "1/7 data: done before" in capsys.readouterr().out
 
 
 def test_a_file_that_a_user_adds_to_a_stage_is_nobodys_business(tmp_path):
@@ -398,6 +433,20 @@ def test_models_that_are_not_what_they_say(root, tmp_path, kind):
     if kind not in ("a classifier's name", "no architecture's name", "whole numbers"):  # which load all the same
         with refusal("."):
             load_model(str(folder))
+
+
+def test_a_refusal_after_the_model_is_loaded_leaves_nothing_either(tmp_path, capsys):
+    place = furnish(tmp_path)
+    with unchanged(place):
+        argv = command_line(place, "prune")
+        assert "removes none" in refused(capsys, *argv, "--pattern", "neurons", "--sparsity", "0.001")
+
+
+def test_a_generation_config_that_could_not_be_saved_is_said_before_training(tmp_path, capsys):
+    place = furnish(tmp_path)
+    (place / "model" / "generation_config.json").write_text('{"temperature": -5, "eos_token_id": 7}')
+    with unchanged(place):
+        assert "generation_config.json" in refused(capsys, *command_line(place, "sft"))
 
 
 def test_a_classifiers_folder_is_no_language_model(root, tmp_path, capsys):

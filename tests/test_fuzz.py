@@ -118,6 +118,7 @@ THEIRS = [
     "cross_entropy_weight", "num_generations", "reward_weights", "scale_rewards", "loss_type", "fsdp",
     "accelerator_config", "dataset_kwargs",
 ]
+EVERY = sorted({option.name for cls in (MamaGRPOConfig, MamaDistillationConfig) for option in fields(cls)})
 
 
 @MANY
@@ -139,6 +140,7 @@ def test_fields_of_every_config(many):
         "values": st.one_of(
             st.dictionaries(st.sampled_from(NAMES), VALUES, min_size=1, max_size=3),
             st.dictionaries(st.sampled_from(NAMES + THEIRS), VALUES, min_size=1, max_size=2),
+            st.dictionaries(st.sampled_from(EVERY), VALUES, min_size=1, max_size=2),
         ),
     })
 
@@ -197,7 +199,7 @@ def some_yaml(value) -> str:
 
 @MANY
 def test_files_of_settings(place, halted, capsys, many):
-    names = [*NAMES, *THEIRS, "dataset_name", "teacher_model_name_or_path", "overwrite", "reward_funcs", "env"]
+    names = [*NAMES, *NAMES, *EVERY, "dataset_name", "teacher_model_name_or_path", "overwrite", "reward_funcs", "env"]
 
     @both_suites("yaml")
     def check(command, values, text, raw):

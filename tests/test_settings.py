@@ -135,6 +135,7 @@ THEIRS = {
     "lr_scheduler_type": ["quick", 1], "eval_strategy": [False, "sometimes"], "model_init_kwargs": [[1], "{", "abc"],
     "report_to": [3, {"a": 1}], "output_dir": [5, "a\0b"], "adam_beta2": [1.0, -0.1],
     "gradient_accumulation_steps": [0],
+    "accelerator_config": ["nowhere.json", 5],
     "logging_steps": [0, True], "max_grad_norm": [-1.0], "warmup_steps": [-1], "temperature": [0, math.inf, "hot"],
 }
 

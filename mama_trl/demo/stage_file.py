@@ -41,7 +41,8 @@ def read_stage(folder: Path, stage: str) -> Optional[dict[str, Any]]:
     try:
         stored = json.loads(path.read_text(encoding="utf-8"))
         total = stored.pop("checksum", None)
-        if total is not None and total != _of(stored) or stored["name"] != stage:
+        checked = total is not None or "files" in stored  # an earlier version wrote neither
+        if checked and total != _of(stored) or stored["name"] != stage:
             damage = path
         elif any(name not in stored for name in ("seconds", "steps", "tokens", *FACTS[stage])):
             damage = path

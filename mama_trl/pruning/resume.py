@@ -51,6 +51,7 @@ class Unfinished:
         self.folder = Path(output) / FOLDER
         self._command = json.loads(json.dumps(command))
         self._overwrite = overwrite
+        self._fresh = False  # whether this command has begun, and found nothing
         self._whole: set[Path] = set()  # files of blocks that have been read and are as they were written
         self._check(self._stored())
 
@@ -80,6 +81,7 @@ class Unfinished:
             self.remove()
         self._check(stored, begin=True)
         write_json(self.folder / COMMAND, self._command)
+        self._fresh = stored is None
 
     def store(self, targets: list[Target], masks: dict[str, Tensor]) -> None:
         """Writes weights, biases and masks (out, in) of the finished block `targets`."""
@@ -113,6 +115,11 @@ class Unfinished:
             masks[target.name] = unpack_bits(bits, target.shape)
             if target.bias is not None:
                 target.bias.data.copy_(stored[f"bias {target.name}"])
+
+    def retract(self) -> None:
+        """Takes away that this command has begun, if nothing has come of it: it was refused after all."""
+        if self._fresh and not self.blocks:
+            self.remove()
 
     def remove(self) -> None:
         """Deletes the stored blocks, and the folder if nothing else lies in it."""

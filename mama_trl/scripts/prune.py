@@ -164,7 +164,11 @@ def _begun(args):
         check_ids(rows, args.model, args.trust_remote_code)
     with locked(output):
         _check_output(args)  # nobody has finished there meanwhile
-        yield unfinished, tokenizer, rows
+        try:
+            yield unfinished, tokenizer, rows
+        except MamaError:
+            unfinished.retract()
+            raise
 
 
 def _check_output(args):

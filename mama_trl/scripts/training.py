@@ -12,12 +12,12 @@ from typing import Any, Iterator, Optional
 from transformers.trainer_utils import get_last_checkpoint
 
 from ..config import MamaConfig
-from ..errors import MamaError, first_line
+from ..errors import MamaError, first_line, one_line
 from ..evaluation.loading import check_model_source, check_tokenizer, load_tokenizer
 from ..folders import check_output_dir, holds_something
 from ..lock import locked
 from ..masks.files import FOLDER, STATE_FILE
-from ..paths import check_not_written, is_dir
+from ..paths import check_not_written, is_dir, is_file
 from ..removal import MODEL_FILES, remove_weights
 from ..training.checkpoints import cut_off, newest_whole
 from ..training.integrations import connect
@@ -78,6 +78,10 @@ def _resumed(training_args) -> Optional[str]:
             raise MamaError(
                 f"`resume_from_checkpoint` is {resume}, which is no folder: give a checkpoint folder, or true."
             )
+        if not is_file(Path(resume) / "trainer_state.json"):
+            raise MamaError(
+                f"`resume_from_checkpoint` is {resume}, which holds no trainer_state.json: give a checkpoint, or true."
+            )
         return resume
     sentence = cut_off(output)
     found = newest_whole(output) or (get_last_checkpoint(output) if output.is_dir() and not sentence else None)
@@ -123,12 +127,26 @@ def tokenizer_of(training_args, model_args):
 def trainer_of(cls: type, *args, **kwargs):
     """A trainer. Raises `MamaError` for what it says against its model, its data or its arguments."""
     try:
-        return cls(*args, **kwargs)
+        trainer = cls(*args, **kwargs)
+        _check_generation(trainer)
+        return trainer
     except (MamaError, OSError, MemoryError):
         raise
     except Exception as error:  # what any data make templates, tokenizers and checks say
         logger.debug("%s could not be made", cls.__name__, exc_info=True)
         raise MamaError(f"{cls.__name__} cannot be set up: {first_line(error)}.") from error
+
+
+def _check_generation(trainer) -> None:
+    """Raises `MamaError` for a generation_config.json that could not be saved again with the tokenizer's tokens."""
+    config, tokenizer = getattr(trainer.model, "generation_config", None), trainer.processing_class
+    names = ("eos_token_id", "bos_token_id", "pad_token_id")
+    if config is not None and any(getattr(tokenizer, name, None) != getattr(config, name, None) for name in names):
+        try:
+            config.validate(strict=True)
+        except ValueError as error:
+            said = " ".join(str(error).split())
+            raise MamaError(f"generation_config.json beside the model is invalid: {one_line(said, 180)}") from error
 
 
 def _check_ranks(resume: Optional[str], training_args) -> None:

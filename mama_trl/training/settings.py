@@ -9,6 +9,7 @@ from typing import Any, Iterator, Mapping, Optional, get_args, get_origin
 from ..config import MamaConfig
 from ..errors import MamaError, first_line, shown
 from ..fields import LARGEST, Choices, Range, check_fields, hints_of
+from ..paths import is_file
 from .schedule import Schedule
 
 _COUNT = Range(1, LARGEST)
@@ -23,7 +24,7 @@ RANGES: Mapping[str, Range] = {
     **dict.fromkeys(
         (
             "per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps",
-            "eval_accumulation_steps", "max_length", "max_completion_length", "num_iterations",
+            "eval_accumulation_steps", "max_completion_length", "num_iterations",
             "generation_batch_size", "steps_per_generation", "dataloader_prefetch_factor",
             "ddp_bucket_cap_mb", "ddp_timeout", "ref_model_sync_steps", "torch_empty_cache_steps",
             "num_generations_eval", "vllm_tensor_parallel_size", "vllm_max_model_length", "lora_r",
@@ -57,6 +58,7 @@ RANGES: Mapping[str, Range] = {
     "top_k": Range(-1),
     "top_p": Range(0, 1, above=True),
     "num_generations": Range(2, LARGEST),
+    "max_length": Range(2, LARGEST),  # a sequence of one token has nothing to predict
     "max_steps": Range(-1, LARGEST),
 }
 
@@ -66,6 +68,10 @@ _TOLD = (
     "vllm_importance_sampling_mode", "scale_rewards",
 )
 _NEED_THE_MODEL = ("galore", "apollo", "lomo", "layerwise")
+# What constructors raise against their arguments, also for files that are not there and packages that are missing.
+_REFUSALS = (
+    ValueError, TypeError, LookupError, AttributeError, AssertionError, ImportError, RuntimeError, OSError,
+)
 _MAPPINGS_IN_FILES = ("deepspeed", "fsdp_config", "accelerator_config")
 
 
@@ -101,7 +107,7 @@ def refusals_of(name: str) -> Iterator[None]:
         yield
     except MamaError:
         raise
-    except (ValueError, TypeError, AttributeError, KeyError, AssertionError, ImportError, RuntimeError) as error:
+    except _REFUSALS as error:
         raise MamaError(f"{name} refuses its settings: {first_line(error)}") from error
 
 
@@ -122,7 +128,8 @@ def _check_json(cls: type, declared: Field, value: Any) -> None:
         if isinstance(json.loads(value), dict):
             return
     except (ValueError, RecursionError):
-        if declared.name in _MAPPINGS_IN_FILES and not value.startswith("{"):
+        # DeepSpeed's may also be text in base 64, which it reads itself.
+        if declared.name in _MAPPINGS_IN_FILES and (is_file(value) or declared.name == "deepspeed" and "{" not in value):
             return
     raise MamaError(f"`{declared.name}` is {shown(value)}: use a mapping such as {{\"name\": 1}}.")
 
@@ -134,7 +141,7 @@ def check_schedule(config: MamaConfig, steps: Optional[int]) -> None:
 
 
 def check_buildable(args: Any) -> None:
-    """Builds what the Trainer will build of its arguments on a single number: optimizer, schedule, loggers.
+    """Builds what the Trainer will build of its arguments on a single number: optimizer, schedule, loggers and so on.
 
     Raises:
         MamaError: a package is missing, or an argument of one of them makes no sense.
@@ -154,5 +161,10 @@ def check_buildable(args: Any) -> None:
             )
         for callback in get_reporting_integration_callbacks(args.report_to):
             callback()
+        if args.gradient_checkpointing and args.gradient_checkpointing_kwargs:
+            part = torch.zeros(1, 1, requires_grad=True)
+            torch.utils.checkpoint.checkpoint(probe, part, **args.gradient_checkpointing_kwargs)
+        if args.torch_compile:
+            torch.compile(probe, backend=args.torch_compile_backend or "inductor", mode=args.torch_compile_mode)
         if args.use_liger_kernel and not is_liger_kernel_available():
             raise ValueError("`use_liger_kernel` needs the package liger-kernel, which is not installed")

@@ -9,6 +9,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from mama_trl import MamaError, MaskSet
 from mama_trl.demo import arithmetic, pipeline
+from mama_trl.demo.names import RUN_NAMES
+from mama_trl.removal import remove_written
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -61,6 +63,8 @@ def test_the_run_goes_on_after_its_last_finished_stage_and_reports(recipe, monke
     tokenizer = AutoTokenizer.from_pretrained(page.parent / "model")
     prompt = tokenizer("12+30=", return_tensors="pt", add_special_tokens=False)
     assert model.generate(**prompt, max_new_tokens=3, do_sample=False).shape[1] > prompt.input_ids.shape[1]
+    # Overwriting knows every name that a run writes.
+    assert remove_written(page.parent, RUN_NAMES) == [] and not page.parent.exists()
 
 
 def test_folders_with_something_else_are_refused(recipe, tmp_path):

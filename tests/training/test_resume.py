@@ -82,11 +82,11 @@ from pathlib import Path
 import torch
 from transformers import TrainerCallback
 sys.path.insert(0, {root!r})
-from mama_trl import MamaConfig, folders
+from mama_trl import MamaConfig, writing
 from tests.conftest import tiny
 from tests.helpers import train
 
-write, saves = folders.write_atomically, [0]
+write, saves = writing.write_atomically, [0]
 
 def dying(path, work):
     if "checkpoint-4" in str(path):
@@ -98,7 +98,7 @@ def dying(path, work):
             os.kill(os.getpid(), 9)
     write(path, work)
 
-for name in ("masks.files", "training.inputs", "training.state"):
+for name in ("masks.tensors", "writing"):
     setattr(sys.modules["mama_trl." + name], "write_atomically", dying)
 rows = torch.randint(2, 384, (64, 24), generator=torch.Generator().manual_seed(0))
 train(tiny("llama"), rows, {folder!r}, MamaConfig(sparsity=0.8, mask_start=5), save_strategy="steps", save_steps=2,
