@@ -42,10 +42,9 @@ from mama_trl.compare.trial import dense_state, summarise, trial
 from mama_trl.evaluation.loading import load_model, load_tokenizer
 from mama_trl.evaluation.perplexity import perplexity
 from mama_trl.evaluation.text import blocks, read_text
-from mama_trl.indicators.calibration_gradients import sensitivities
 from mama_trl.model.blocks import find_blocks
 from mama_trl.model.targets import find_targets
-from mama_trl.pruning.prune import prune
+from mama_trl.pruning.prune import predicted_losses, prune
 from mama_trl.report.plots import METHOD_COLOURS, STYLE, number, plt
 from mama_trl.solvers.methods import METHODS
 
@@ -92,7 +91,7 @@ def peak_bytes(model, dense, rows, method: str) -> int:
     weights = sum(p.numel() * p.element_size() for p in model.parameters())
     with PeakBytes(weights + rows.numel() * rows.element_size()) as meter:
         if method == "budget":
-            sensitivities(model, rows[::4], find_targets(model), batch_size=1)  # 16 blocks, as many as of 128 are read
+            predicted_losses(model, rows[::4].repeat(8, 1), find_targets(model), batch_size=1)  # reads an eighth
         else:
             prune(model, rows, method, sparsity=0.7, batch_size=1, progress=False, budget="uniform")
     return meter.peak

@@ -24,7 +24,6 @@ from transformers.trainer_utils import set_seed
 
 from benchmarks.common import parser, report
 from mama_trl.compare.trial import dense_state
-from mama_trl.config import default_blend
 from mama_trl.demo import arithmetic
 from mama_trl.demo.recipe import DataConfig, RunConfig
 from mama_trl.demo.run import Run
@@ -69,12 +68,11 @@ def ways(scores: dict, sparsity: float) -> list[tuple[str, str, dict]]:
         }
         found.append(("dropped", indicator, {**options, "redistribution": "none"}))
         found.append(("redistributed", indicator, options))
-    blend = default_blend("gradients", sparsity)
     for name, source, budget in (
         ("weights and biases", fixed, "reward"), ("sensitivity", StoredScores(scores), "sensitivity"),
         ("reward", StoredScores(scores), "reward"),
     ):
-        found.append(("budget", name, {"budget": budget, "budget_blend": blend, "scores": source}))
+        found.append(("budget", name, {"budget": budget, "scores": source}))
     return [*found, ("budget", "uniform", {"budget": "uniform"})]
 
 

@@ -25,7 +25,7 @@ STATISTICS = {  # name: what a training run records of each connection
     "reward": "root mean square of w*g of the GRPO loss",
 }
 RECORDED_BUDGETS = ("sensitivity", "curvature", "reward")  # what a training run records, or its optimizer keeps
-BUDGETS = ("uniform", "gradients", *RECORDED_BUDGETS)
+BUDGETS = ("uniform", "predicted", *RECORDED_BUDGETS)
 SCOPES = ("matrix", "row", "global")
 SCHEDULES = {  # name: when masks are computed; all but oneshot and hold are ramps (training/schedule.py)
     "oneshot": "one mask at mask_start",
@@ -40,15 +40,7 @@ REDISTRIBUTIONS = {  # name: where pruned values go
 }
 
 
-def default_blend(budget: str, sparsity: float) -> float:
-    """Share of a budget's own allocation, the rest uniform: 0.3 for what training recorded; for `gradients` 0.6 up to
-    sparsity 0.95, from there falling to 0 at 0.99.
-
-    Gradients of the dense model speak for models near it. Chosen by benchmarks/budget_blend.py, which measures on text
-    that no other benchmark uses: on average over three models 0.6 was within 3 % of each one's best share up to 0.95;
-    at 0.99 any share lost on one of them.
-    """
-    return max(0.0, min(0.6, 15.0 * (0.99 - sparsity))) if budget == "gradients" else 0.3
+RECORDED_BLEND = 0.3  # share of a recorded budget's own allocation, the rest uniform
 
 
 def check_sparsity(value: float, field_name: str = "sparsity") -> float:
@@ -145,17 +137,17 @@ class PruningOptions:
     budget: Optional[str] = field(
         default=None,
         metadata={
-            "help": "Allocation, how the sparsity is shared among matrices: uniform; gradients (one pass over "
-            "calibration sequences, one-shot only); sensitivity, curvature or reward, as training recorded them. "
-            "Default: gradients in one-shot pruning by mama, sensitivity in training, reward in GRPO, and uniform "
-            "with N:M and scope global."
+            "help": "Allocation, how the sparsity is shared among matrices: uniform; predicted (by what losing each "
+            "connection would cost, from a few calibration sequences, one-shot only); sensitivity, curvature or "
+            "reward, as training recorded them. Default: predicted in one-shot pruning by mama, sensitivity in "
+            "training, reward in GRPO, and uniform with N:M and scope global."
         },
     )
     budget_blend: Annotated[Optional[float], Range(0, 1)] = field(
         default=None,
         metadata={
-            "help": "Share of the budget's own allocation, the rest uniform. Default: 0.3; for gradients 0.6, falling "
-            "to 0 between sparsity 0.95 and 0.99."
+            "help": f"Share of the budget's own allocation, the rest uniform. Default: {RECORDED_BLEND} for what "
+            "training recorded; for predicted it falls with the sparsity."
         },
     )
     redistribution: str = field(
@@ -163,6 +155,14 @@ class PruningOptions:
         metadata={
             "help": "Where pruned values go: " + "; ".join(f"{name} ({what})" for name, what in REDISTRIBUTIONS.items())
             + "."
+        },
+    )
+    refine: bool = field(
+        default=False,
+        metadata={
+            "help": "After a block is pruned, train what it kept, its norms and biases towards the dense model's "
+            "hidden states behind it, with early stopping on held-back calibration sequences: one block in memory, "
+            "three to four times the time. One-shot pruning by mama only."
         },
     )
     target_modules: Optional[list[str]] = field(
@@ -187,11 +187,6 @@ class PruningOptions:
     def needs_calibration(self) -> bool:
         """Whether pruning reads inputs of the layers."""
         return bool(READS_INPUTS & set(self.weights)) or self.redistribution != "none"
-
-    @property
-    def blend(self) -> float:
-        """The budget's share in the allocation."""
-        return default_blend(self.budget, self.sparsity) if self.budget_blend is None else self.budget_blend
 
     def __post_init__(self):
         check_fields(self, PruningOptions)
@@ -293,10 +288,14 @@ class MamaConfig(PruningOptions):
         check_fields(self, MamaConfig)
         super().__post_init__()
         check_choice(self.mask_schedule, SCHEDULES, "mask_schedule")
-        if self.budget == "gradients":
+        if self.budget == "predicted":
             raise MamaError(
-                "`budget` is 'gradients', a pass over the dense model for one-shot pruning: in training use "
+                "`budget` is 'predicted', passes over the dense model for one-shot pruning: in training use "
                 "sensitivity, which is recorded anyway."
+            )
+        if self.refine:
+            raise MamaError(
+                "`refine` is true, which is for one-shot pruning: training refines the whole model, so leave it out."
             )
         for name in self.statistics or []:
             check_choice(name, STATISTICS, "statistics")
@@ -354,7 +353,8 @@ class MamaConfig(PruningOptions):
 
     @property
     def blend(self) -> float:
-        return default_blend(self.allocation, self.sparsity) if self.budget_blend is None else self.budget_blend
+        """The recorded budget's share in the allocation."""
+        return RECORDED_BLEND if self.budget_blend is None else self.budget_blend
 
     def pruning(self, sparsity: float) -> PruningOptions:
         """The options of one mask update at `sparsity`."""

@@ -1,5 +1,7 @@
 """What a walk through a model's blocks tells and keeps."""
 
+from typing import Optional
+
 from torch import Tensor
 from tqdm import tqdm
 
@@ -31,8 +33,9 @@ class Progress:
         """Whether an earlier run has pruned the block with these targets."""
         return False
 
-    def restore(self, targets: list[Target]) -> None:
-        """Writes what the earlier run made of them into the model."""
+    def restore(self, targets: list[Target], others: Optional[dict[str, Tensor]] = None) -> None:
+        """Writes what the earlier run made of them into the model, and of `others` (the block's other parameters by
+        name) as far as it changed them."""
 
-    def finish(self, targets: list[Target]) -> None:
-        """All targets of a block are pruned."""
+    def finish(self, targets: list[Target], others: Optional[dict[str, Tensor]] = None) -> None:
+        """All targets of a block are pruned, and `others` of its parameters have changed too."""

@@ -16,6 +16,7 @@ weight makes of disturbed inputs.
 """
 
 from contextlib import ExitStack
+from functools import partial
 from typing import Callable, Iterator, Optional
 
 import torch
@@ -30,6 +31,7 @@ from .blockwise import measured_outside
 from .grams import Measured, collect, first_of
 from .plan import INPUT, OUTPUT, LayerGroup, plan_groups, rms, silenced, startable_segments, tokens_of
 from .progress import Progress
+from .refine import Refiner
 from .source import BlocksInPlace
 
 PROBE_TOKENS = 32
@@ -42,6 +44,7 @@ def stagewise(
     progress: Progress,
     batch_size: int = 8,
     source: Optional[BlocksInPlace] = None,
+    refiner: Optional[Refiner] = None,
 ) -> Iterator[Measured]:
     """Yields grams and goals of each layer group of each block, on inputs that pruned layers compute.
 
@@ -54,6 +57,7 @@ def stagewise(
         sequences: token ids, int64 (n, sequence_length), or 1-D tensors of any lengths; another rank may have others,
             in another number.
         progress: a block that it holds is restored instead of measured.
+        refiner: changes each block once it is pruned; default none does.
         source: gives each block in a form that this process can run alone; default as it stands in the model.
     """
     source = source if source is not None else BlocksInPlace()
@@ -78,20 +82,33 @@ def stagewise(
             done = bool(own) and progress.holds(own)
             groups = [] if done else plan_groups(block, own, lambda states: short.run(index, states), probe)
             probe = short.run(index, probe)
-            walk = _Walk(block, lambda states: runner.run(index, states), dense, pruned)
+            run = partial(runner.run, index)
+            walk = _Walk(block, run, dense, pruned)
+            inputs = list(pruned) if refiner and own and not done else []
+            others = _others(name, block, own) if refiner else {}
             with ExitStack() as behind:
                 for segment in startable_segments(groups):
-                    yield from walk.through(segment, (lambda: progress.restore(own)) if done else None)
+                    yield from walk.through(segment, (lambda: progress.restore(own, others)) if done else None)
                     if segment and segment[-1].whole is not None:
                         behind.enter_context(silenced(segment[-1].whole))
+            if inputs:
+                refiner.refine(block, own, progress.masks, run, inputs, dense)
+                for i, states in enumerate(inputs):
+                    pruned[i] = runner.run(index, states)
             if own and not done:
-                progress.finish(own)
+                progress.finish(own, others)
             source.release(index)
             progress.advance()
         dense.clear()
         pruned.clear()
         outside = [t for t in targets if t.block is None]
         yield from measured_outside(model, parts, outside, progress, passes)
+
+
+def _others(name: str, block: nn.Module, own: list[Target]) -> dict[str, Tensor]:
+    """The block's parameters by name that are neither weights nor biases of its targets."""
+    known = {id(t.parameter) for t in own} | {id(getattr(t.module, t.bias_attribute)) for t in own if t.bias_attribute}
+    return {f"{name}.{key}": p.data for key, p in block.named_parameters() if id(p) not in known}
 
 
 class _Walk:

@@ -59,6 +59,7 @@ class BlockRunner:
         self._may_stop = may_stop  # False: engines whose hooks must see every forward pass to its end
         self._blocks = [block for _, block in blocks]
         self._noted: dict[torch.Size, list[tuple[tuple, dict]]] = {}
+        self._dtype = torch.float32  # of the hidden states
 
     def put(self, index: int, block: nn.Module) -> None:
         """Runs `block` in the place of the model's own."""
@@ -68,6 +69,7 @@ class BlockRunner:
         """Hidden states before the first block for token ids `batch` (n, sequence_length)."""
         fresh = batch.shape not in self._noted
         states, calls = self._watch(batch, self._blocks if fresh else self._blocks[:1])
+        self._dtype = states.dtype
         if fresh:
             if len(calls) != len(self._blocks):
                 raise MamaError(
@@ -85,6 +87,8 @@ class BlockRunner:
     def run(self, index: int, states: Tensor) -> Tensor:
         """One block on hidden states (n, sequence_length, hidden)."""
         args, kwargs = self._noted[states.shape[:2]][index]
+        if states.dtype == torch.float32 != self._dtype:  # a block that has been made finer for a while
+            args, kwargs = _in_fp32(args), _in_fp32(kwargs)
         out = self._blocks[index](states, *args, **kwargs)
         return out[0] if isinstance(out, tuple) else out
 
@@ -128,6 +132,15 @@ def _states_in(kwargs: dict, batch: Tensor) -> str:
         if isinstance(value, Tensor) and value.is_floating_point() and value.shape[:2] == batch.shape:
             return name
     raise MamaError(f"a block gets no hidden states (n, sequence_length, hidden) that could be calibrated: {_PLAIN}.")
+
+
+def _in_fp32(value):
+    """Floating point tensors in fp32, through tuples, lists and dicts."""
+    if isinstance(value, Tensor):
+        return value.float() if value.is_floating_point() else value
+    if isinstance(value, (tuple, list)):
+        return type(value)(map(_in_fp32, value))
+    return {key: _in_fp32(own) for key, own in value.items()} if isinstance(value, dict) else value
 
 
 def _same(one, other) -> bool:

@@ -2,19 +2,21 @@
 
 import logging
 from contextlib import closing
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Iterator, Optional
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ..calibration.blockwise import blockwise
 from ..calibration.grams import Measured
+from ..calibration.output_gradients import output_gradients
 from ..calibration.progress import Progress
+from ..calibration.refine import Refiner
 from ..calibration.stagewise import stagewise
-from ..config import RECORDED_BUDGETS, PruningOptions, check_choice
+from ..calibration.worth import input_worths
+from ..config import RECORDED_BLEND, RECORDED_BUDGETS, PruningOptions, check_choice
 from ..errors import MamaError
-from ..indicators.calibration_gradients import sensitivities
 from ..indicators.combine import Criterion
 from ..indicators.source import ScoreSource, StoredScores
 from ..masks.maskset import MaskSet
@@ -22,7 +24,7 @@ from ..model.fits import check_fits
 from ..model.language import check_readable
 from ..model.sequences import Sequences, check_sequences, spread_evenly, tokens_in
 from ..model.targets import Target, find_targets
-from ..selection.allocation import allocate
+from ..selection.allocation import BINS, allocate, matrix_histogram, shares_by_loss
 from ..solvers.magnitude import magnitude
 from ..solvers.methods import METHODS, Method
 from ..solvers.problem import Gram, LayerProblem, Solution
@@ -85,7 +87,8 @@ def prune(
     progress.masks = placement.found
     tokens = 0 if calibration is None else tokens_in(calibration)
     sweep = _Sweep(method, options, scores, layer_sparsity, placement, tokens)
-    walk = _walk(model, calibration, method, placement, batch_size, progress)
+    refiner = Refiner() if options.refine else None
+    walk = _walk(model, calibration, method, placement, batch_size, progress, refiner)
     with torch.no_grad(), closing(progress), closing(walk):
         for measured in walk:
             sweep.solve(measured)
@@ -98,7 +101,7 @@ def prune(
 def check_method(options: PruningOptions, method: Method, calibration: bool) -> None:
     """Raises `MamaError` for options that this method does not take, or if it needs calibration and there is none."""
     plain = PruningOptions()
-    for name in ("scope", "indicators", "redistribution"):
+    for name in ("scope", "indicators", "redistribution", "refine"):
         if not method.tunable and getattr(options, name) != getattr(plain, name):
             raise MamaError(
                 f"`{name}` is {getattr(options, name)!r}, which method {method.label} does not take: leave it out, or "
@@ -106,8 +109,8 @@ def check_method(options: PruningOptions, method: Method, calibration: bool) -> 
             )
     if options.scope == "global":
         raise MamaError("`scope` is 'global', which one-shot pruning has not: use matrix with a `budget`, or row.")
-    reader = f"method {method.label}" if method.needs != "nothing" else "budget gradients"
-    if not calibration and (method.needs != "nothing" or options.budget == "gradients"):
+    reader = f"method {method.label}" if method.needs != "nothing" else "budget predicted"
+    if not calibration and (method.needs != "nothing" or options.budget == "predicted"):
         raise MamaError(f"`calibration` is missing: {reader} measures activations: give token ids, or a text file.")
 
 
@@ -118,7 +121,7 @@ def check_scores(options: PruningOptions, method: Method, scores: ScoreSource, a
         asked.append(("budget", options.budget))
     for option, name in asked:
         if name not in scores.names():
-            have = ["uniform", "gradients"] if option == "budget" else ["activation", "magnitude"]
+            have = ["uniform", "predicted"] if option == "budget" else ["activation", "magnitude"]
             raise MamaError(
                 f"`{option}` has {name!r}, which no training run left beside this model: use one of "
                 f"{', '.join([*have, *scores.names()])}."
@@ -139,22 +142,38 @@ def _allocated(
     budget, targets = options.budget or method.budget, placement.targets
     if budget == "uniform" or options.nm or options.sparsity == 0:
         return {target.name: options.sparsity for target in targets}
-    if budget == "gradients":
-        # What a matrix is worth shows after a few thousand tokens.
-        few = spread_evenly(calibration, -(-len(calibration) // 8))
-        # Its backward pass keeps the activations of every layer: fewer sequences at once.
-        found = sensitivities(model, few, targets, max(batch_size // 4, 1), progress)
-    else:
-        found = {target.name: scores.whole(budget, target) for target in targets}
     sizes = [target.shape[0] * target.shape[1] for target in targets]
-    blend = replace(options, budget=budget).blend
-    shares = allocate([found[target.name] for target in targets], sizes, options.sparsity, blend)
+    if budget == "predicted":
+        histograms = predicted_losses(model, calibration, targets, batch_size, progress)
+        shares = shares_by_loss(histograms, sizes, options.sparsity, options.budget_blend)
+    else:
+        blend = RECORDED_BLEND if options.budget_blend is None else options.budget_blend
+        shares = allocate([scores.whole(budget, target) for target in targets], sizes, options.sparsity, blend)
     return {target.name: share for target, share in zip(targets, shares)}
+
+
+def predicted_losses(
+    model: nn.Module, calibration: Sequences, targets: list[Target], batch_size: int = 8, progress: bool = False
+) -> Tensor:
+    """How many connections of each matrix have which predicted loss, int64 (matrices, bins): see `shares_by_loss`.
+
+    The loss of taking out a connection, all others of its row refitted: w² times the mean square of the loss's gradient
+    at its output times what its input is worth. A matrix whose inputs no token reached has zeros.
+    """
+    # What an output and an input are worth shows after a few thousand tokens.
+    few = spread_evenly(calibration, -(-len(calibration) // 8))
+    gradients = output_gradients(model, few, targets, progress)
+    worths = input_worths(model, few, targets, batch_size)
+    return torch.stack([
+        matrix_histogram(target.matrix, gradients[target.name], worths[target.name])
+        if target.name in worths else torch.zeros(BINS, dtype=torch.int64)
+        for target in targets
+    ])
 
 
 def _walk(
     model: nn.Module, calibration: Optional[Sequences], method: Method, placement: LocalPlacement, batch_size: int,
-    progress: Progress,
+    progress: Progress, refiner: Optional[Refiner] = None,
 ) -> Iterator[Measured]:
     """The walk through the model that measures what the method needs."""
     targets = placement.targets
@@ -162,7 +181,7 @@ def _walk(
         return (Measured([target], {}) for target in targets)
     if method.needs == "gram and goal":
         few = _enough(calibration, targets)
-        return stagewise(model, few, targets, progress, batch_size, placement.source)
+        return stagewise(model, few, targets, progress, batch_size, placement.source, refiner)
     return blockwise(model, calibration, targets, progress, batch_size)
 
 

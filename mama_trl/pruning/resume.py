@@ -4,6 +4,7 @@ import hashlib
 import json
 import logging
 from pathlib import Path
+from typing import Optional
 
 import torch
 from torch import Tensor, nn
@@ -83,14 +84,15 @@ class Unfinished:
         write_json(self.folder / COMMAND, self._command)
         self._fresh = stored is None
 
-    def store(self, targets: list[Target], masks: dict[str, Tensor]) -> None:
-        """Writes weights, biases and masks (out, in) of the finished block `targets`."""
+    def store(self, targets: list[Target], masks: dict[str, Tensor], others: dict[str, Tensor]) -> None:
+        """Writes weights, biases and masks (out, in) of the finished block `targets`, and its `others` parameters."""
         tensors = {}
         for target in targets:
             tensors[f"weight {target.name}"] = target.matrix.cpu().contiguous().clone()
             tensors[f"mask {target.name}"] = pack_bits(masks[target.name]).cpu()
             if target.bias is not None:
                 tensors[f"bias {target.name}"] = target.bias.detach().cpu().clone()
+        tensors |= {f"other {name}": value.detach().cpu().clone() for name, value in others.items()}
         write_tensors(self._file(targets), tensors, {"format": "mama-progress-2"})
         self._whole.add(self._file(targets))
 
@@ -106,9 +108,12 @@ class Unfinished:
                 path.unlink(missing_ok=True)
         return path in self._whole
 
-    def restore(self, targets: list[Target], masks: dict[str, Tensor]) -> None:
+    def restore(self, targets: list[Target], masks: dict[str, Tensor], others: dict[str, Tensor]) -> None:
         """Writes a stored block into the model and `masks`."""
         stored = self._read(targets)
+        for name, value in others.items():
+            if f"other {name}" in stored:
+                value.copy_(stored[f"other {name}"])
         for target in targets:
             target.matrix.copy_(stored[f"weight {target.name}"])
             bits = stored[f"mask {target.name}"].to(target.parameter.device)
@@ -129,7 +134,7 @@ class Unfinished:
     def _read(self, targets: list[Target]) -> dict[str, Tensor]:
         """The tensors of a stored block. Raises `MamaError` if they are not those of `targets`."""
         file = TensorFile(self._file(targets), "block of an unfinished pruning", "it is done again")
-        found = {}
+        found = {name: file.read(name) for name in file.names if name.startswith("other ")}
         for target in targets:
             wanted = {f"weight {target.name}": target.shape, f"mask {target.name}": (bytes_for(target.matrix.numel()),)}
             if target.bias is not None:
@@ -176,8 +181,8 @@ class KeptProgress(Progress):
     def holds(self, targets: list[Target]) -> bool:
         return self._unfinished.holds(targets)
 
-    def restore(self, targets: list[Target]) -> None:
-        self._unfinished.restore(targets, self.masks)
+    def restore(self, targets: list[Target], others: Optional[dict[str, Tensor]] = None) -> None:
+        self._unfinished.restore(targets, self.masks, others or {})
 
-    def finish(self, targets: list[Target]) -> None:
-        self._unfinished.store(targets, self.masks)
+    def finish(self, targets: list[Target], others: Optional[dict[str, Tensor]] = None) -> None:
+        self._unfinished.store(targets, self.masks, others or {})

@@ -50,7 +50,7 @@ def variants(setting, targets, rows, batch_size: int) -> list[tuple[str, str, di
     found += [
         ("steps", "mama", {}),
         ("steps", "own outputs as goals", {"method": replace(mama, solve=partial(solve_mama, goals=False))}),
-        ("budget", "gradients", {}),
+        ("budget", "predicted", {}),
         ("budget", "uniform", {"budget": "uniform"}),
     ]
     if "sensitivity" in left:
@@ -73,7 +73,6 @@ def main(args) -> dict:
     from ..compare.comparison import Comparison
     from ..compare.tables import write_comparison
     from ..compare.trial import summarise, trial
-    from ..config import RECORDED_BUDGETS, default_blend
     from ..model.targets import find_targets
     from .levels import parse_levels
 
@@ -90,8 +89,6 @@ def main(args) -> dict:
             for level in levels:
                 plain = None  # MAMA as it is stands in several parts and is measured once
                 for part, name, options in plans:
-                    if options.get("budget") in RECORDED_BUDGETS:  # blended as the default is: only the scores differ
-                        options = {**options, "budget_blend": default_blend("gradients", level)}
                     asked = bool(options) and options != {"redistribution": "least_squares"}
                     if asked or plain is None:
                         found = trial(

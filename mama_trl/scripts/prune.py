@@ -22,7 +22,7 @@ while it runs: after a kill the same command goes on from there.
   mama prune MODEL --pattern neurons --sparsity 0.5 --calibration text.txt --output smaller
 
 removes the same share of MLP neurons (or heads) from every layer: OUTPUT is a smaller dense model without masks.
-Indicators and budgets other than magnitude, activation, uniform and gradients are read from what a training run left
+Indicators and budgets other than magnitude, activation, uniform and predicted are read from what a training run left
 beside MODEL: statistics in MODEL/mama, Adam's second moments in a checkpoint's optimizer.pt."""
 STRUCTURES = ("heads", "neurons")
 
@@ -87,7 +87,7 @@ def _prune(args, options, method, unfinished, tokenizer, rows) -> None:
 
     model = load_model(args.model, args.dtype, args.trust_remote_code)
     targets = find_targets(model, options.target_modules, options.exclude_modules, experts=True)
-    needed = Criterion(options.weights).sourced or options.budget not in (None, "uniform", "gradients")
+    needed = Criterion(options.weights).sourced or options.budget not in (None, "uniform", "predicted")
     scores = StoredScores(recorded(args.model, model, targets) if needed else {})
     check_scores(options, method, scores, allocated=False)
     progress = True

@@ -88,7 +88,7 @@ def allocate(
 
 # ---------------------------------------------------------------------- by predicted losses
 
-_BINS = 1 << 13  # of a histogram of non-negative fp32 numbers: exponent and five bits of the mantissa, 3 % apart
+BINS = 1 << 13  # of a histogram of non-negative fp32 numbers: exponent and five bits of the mantissa, 3 % apart
 _PER_OCTAVE = 32
 _CHUNK = 1 << 20  # connections handled at once: bounds the extra memory
 
@@ -101,24 +101,33 @@ def loss_histogram(squares: Tensor, outputs: Tensor, inputs: Tensor) -> Tensor:
         squares: w² of some connections, 1-D.
         outputs, inputs: what their outputs' gradients (g²) and their inputs (d) contribute, of the same shape.
     """
-    counts = torch.zeros(_BINS, dtype=torch.int64, device=squares.device)
+    counts = torch.zeros(BINS, dtype=torch.int64, device=squares.device)
     for square, row, column in zip(squares.split(_CHUNK), outputs.split(_CHUNK), inputs.split(_CHUNK)):
         loss = (square.float() * row * column).clamp_(0, torch.finfo(torch.float32).max)
-        counts += torch.bincount(loss.view(torch.int32) >> 18, minlength=_BINS)
+        counts += torch.bincount(loss.view(torch.int32) >> 18, minlength=BINS)
     return counts
 
 
 def matrix_histogram(weight: Tensor, output_gradient: Tensor, input_worth: Tensor) -> Tensor:
     """`loss_histogram` of a whole matrix (out, in) with g² (out,) and d (in,)."""
     rows = max(_CHUNK // weight.shape[1], 1)
-    counts = torch.zeros(_BINS, dtype=torch.int64, device=weight.device)
+    counts = torch.zeros(BINS, dtype=torch.int64, device=weight.device)
     for part, gradient in zip(weight.split(rows), output_gradient.split(rows)):
         loss = part.float().square() * gradient.unsqueeze(1) * input_worth
-        counts += torch.bincount(loss.clamp_(0, 3e38).reshape(-1).view(torch.int32) >> 18, minlength=_BINS)
+        counts += torch.bincount(loss.clamp_(0, 3e38).reshape(-1).view(torch.int32) >> 18, minlength=BINS)
     return counts
 
 
-def shares_by_loss(histograms: Tensor, sizes: list[int], sparsity: float, blend: float, shrink: float) -> list[float]:
+def trust(sparsity: float) -> tuple[float, float]:
+    """(blend, shrink) of `shares_by_loss`: predictions speak for models near the dense one. Chosen by
+    benchmarks/budget_trust.py, on text that no other benchmark uses."""
+    return 0.5, min(max(5.0 * (sparsity - 0.8), 0.0), 0.75)
+
+
+def shares_by_loss(
+    histograms: Tensor, sizes: list[int], sparsity: float, blend: Optional[float] = None,
+    shrink: Optional[float] = None,
+) -> list[float]:
     """Sparsity of each matrix such that the predicted loss of what is pruned is least: one threshold over all.
 
     A prediction around the dense model is trusted only so far: each matrix's losses are moved towards the others' by
@@ -127,10 +136,13 @@ def shares_by_loss(histograms: Tensor, sizes: list[int], sparsity: float, blend:
     Args:
         histograms: int64 (matrices, bins), from `loss_histogram`; a row of zeros = nothing is known, uniform.
         sizes: connections of each matrix.
+        blend, shrink: default `trust(sparsity)`.
     """
+    usual = trust(sparsity)
+    blend, shrink = usual[0] if blend is None else blend, usual[1] if shrink is None else shrink
     counts = histograms.double().cpu()
     known = counts.sum(1) > 0
-    places = torch.arange(_BINS, dtype=torch.float64)
+    places = torch.arange(BINS, dtype=torch.float64)
     means = (counts * places).sum(1) / counts.sum(1).clamp_min(1)
     overall = (means * known).sum() / known.sum().clamp_min(1)
     moves = (shrink * (overall - means)).round().long() * known
@@ -138,7 +150,7 @@ def shares_by_loss(histograms: Tensor, sizes: list[int], sparsity: float, blend:
     keep = (1 - sparsity) * float(counts[known].sum())
     above = moved[known].sum(0).flip(0).cumsum(0).flip(0)  # how many lie in a bin or above it
     edge = max(int((above >= keep).nonzero()[-1]) if bool((above >= keep).any()) else 0, 0)
-    behind = float(above[edge + 1]) if edge + 1 < _BINS else 0.0
+    behind = float(above[edge + 1]) if edge + 1 < BINS else 0.0
     inside = float(moved[known][:, edge].sum())
     part = (keep - behind) / inside if inside else 0.0
     kept = moved[:, edge + 1 :].sum(1) + part * moved[:, edge]
@@ -151,5 +163,5 @@ def _moved(counts: Tensor, step: int) -> Tensor:
     if step == 0:
         return counts
     result = torch.zeros_like(counts)
-    places = (torch.arange(_BINS) + step).clamp(0, _BINS - 1)
+    places = (torch.arange(BINS) + step).clamp(0, BINS - 1)
     return result.index_add_(0, places, counts)

@@ -98,7 +98,7 @@ METHODS: dict[str, Method] = {
     "alps": Method(solve_alps, "gram", "ALPS", "ADMM on the layer problem with a growing penalty"),
     "mama": Method(
         solve_mama, "gram and goal", "MAMA", "mask and redistribution together, towards the dense model's outputs",
-        budget="gradients", tunable=True,
+        budget="predicted", tunable=True,
     ),
 }
 

@@ -129,7 +129,8 @@ def _check_json(cls: type, declared: Field, value: Any) -> None:
             return
     except (ValueError, RecursionError):
         # DeepSpeed's may also be text in base 64, which it reads itself.
-        if declared.name in _MAPPINGS_IN_FILES and (is_file(value) or declared.name == "deepspeed" and "{" not in value):
+        encoded = declared.name == "deepspeed" and "{" not in value
+        if declared.name in _MAPPINGS_IN_FILES and (is_file(value) or encoded):
             return
     raise MamaError(f"`{declared.name}` is {shown(value)}: use a mapping such as {{\"name\": 1}}.")
 

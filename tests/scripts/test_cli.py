@@ -83,7 +83,7 @@ def test_missing_arguments_are_one_sentence(folder, capsys):
     (["--sparsity", "0.9", "--method", "sparsegpt"], 0.9),
     (["--sparsity", "0.9", "--method", "mama"], 0.9),
     (["--sparsity", "0.9", "--method", "alps"], 0.9),
-    (["--sparsity", "0.8", "--budget", "gradients"], 0.8),
+    (["--sparsity", "0.8", "--budget", "predicted"], 0.8),
     (["--pattern", "2:4"], 0.5),
 ])
 def test_prune_then_evaluate(folder, tmp_path, capsys, options, sparsity):
