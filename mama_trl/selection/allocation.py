@@ -121,7 +121,7 @@ def matrix_histogram(weight: Tensor, output_gradient: Tensor, input_worth: Tenso
 def trust(sparsity: float) -> tuple[float, float]:
     """(blend, shrink) of `shares_by_loss`: the sparser, the less a prediction around the dense model is worth.
 
-    Chosen by benchmarks/budget_trust.py on seven models of six kinds of block and on a real one (docs/results/oneshot.md
+    Chosen by benchmarks/budget_trust.py on seven models of five kinds of block and a real one (docs/results/oneshot.md
     has its table), on text that no other benchmark uses.
     """
     blend = 0.7 - 0.3 * min(max((sparsity - 0.85) / 0.1, 0.0), 1.0)
