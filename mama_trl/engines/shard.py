@@ -77,6 +77,11 @@ class Shard:
         return []
 
     @property
+    def saved(self) -> Tensor:
+        """The owned range as a file of the model would hold it: of the working copy where there is one, (length,)."""
+        return self.master
+
+    @property
     def bucket(self) -> int:
         """Shards of one bucket are updated by one call of the innermost optimizer's step."""
         return 0

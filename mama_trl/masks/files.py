@@ -21,6 +21,7 @@ from .bits import bytes_for, pack_bits, unpack_flags
 
 FOLDER = "mama"  # beside the model's own files
 STATE_FILE = "state.json"  # in FOLDER, written last: where it is missing, the save was cut off
+STEMS = ("masks", "statistics", "inputs", "regime")  # of all files of tensors in FOLDER
 
 
 def file_name(stem: str, group: ranks.Group) -> str:

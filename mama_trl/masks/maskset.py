@@ -27,6 +27,8 @@ class MaskSet:
         pattern: `unstructured` or N:M.
         ranges: (start, length) of what `bits` cover; default everything.
         kept: kept connections of each whole parameter; counted here if every range is everything.
+        zeros: exact zeros of each whole parameter in the weights that these masks were saved with, by which weights are
+            known that somebody has pruned further since; None if nobody counted.
     """
 
     def __init__(
@@ -36,8 +38,10 @@ class MaskSet:
         pattern: str = "unstructured",
         ranges: Optional[dict[str, tuple[int, int]]] = None,
         kept: Optional[dict[str, int]] = None,
+        zeros: Optional[dict[str, int]] = None,
     ):
         self.bits = bits
+        self.zeros = zeros
         self.shapes = {name: tuple(shape) for name, shape in shapes.items()}
         self.pattern = pattern
         self.ranges = {name: tuple(range_) for name, range_ in (ranges or {}).items()} or {
@@ -57,7 +61,10 @@ class MaskSet:
         )
 
     @classmethod
-    def from_shards(cls, bits: dict[str, Tensor], shards: list[Shard], pattern: str = "unstructured") -> "MaskSet":
+    def from_shards(
+        cls, bits: dict[str, Tensor], shards: list[Shard], pattern: str = "unstructured",
+        zeros: Optional[dict[str, int]] = None,
+    ) -> "MaskSet":
         """From packed bits of what each of `shards` owns. Collective: the kept are counted over ranks."""
         group = group_of(shards)
         counts = ranks.total(torch.stack([count(bits[shard.name]) for shard in shards]), group).tolist()
@@ -67,6 +74,7 @@ class MaskSet:
             pattern,
             {shard.name: (shard.start, shard.length) for shard in shards},
             {shard.name: kept for shard, kept in zip(shards, counts)},
+            zeros,
         )
         result.bind(shards)
         return result
@@ -191,9 +199,14 @@ class MaskSet:
                     "inherit_masks to false."
                 )
 
-    def save(self, folder: str | Path) -> Path:
-        """Writes `folder/mama/masks.safetensors`, or this rank's part of it, atomically; returns its path."""
+    def save(self, folder: str | Path, zeros: Optional[dict[str, int]] = None) -> Path:
+        """Writes `folder/mama/masks.safetensors`, or this rank's part of it, atomically; returns its path.
+
+        `zeros` are those of the weights beside which the masks are saved, as in the constructor.
+        """
         header = {"shapes": self.shapes, "pattern": self.pattern, "kept": self.kept, "format": "mama-masks-2"}
+        if zeros is not None:
+            header["zeros"] = zeros
         return write_ranges(folder, STEM, self.bits, self.ranges, header, group_of(self._shards))
 
     @classmethod
@@ -209,7 +222,8 @@ class MaskSet:
         if reader is None:
             return None
         shapes = {name: tuple(shape) for name, shape in reader.header["shapes"].items()}
-        result = cls({}, shapes, reader.header["pattern"], kept=reader.header["kept"])
+        header = reader.header
+        result = cls({}, shapes, header["pattern"], kept=header["kept"], zeros=header.get("zeros"))
         shards = []
         if model is not None:
             result.check(model, str(Path(folder) / FOLDER))

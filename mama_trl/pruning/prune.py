@@ -13,17 +13,20 @@ from ..calibration.grams import Measured
 from ..calibration.progress import Progress
 from ..calibration.stagewise import stagewise
 from ..config import RECORDED_BUDGETS, PruningOptions, check_choice
+from ..engines.detect import shards_of
 from ..errors import MamaError
 from ..indicators.calibration_gradients import sensitivities
 from ..indicators.combine import Criterion
 from ..indicators.source import ScoreSource, StoredScores
+from ..masks.known import remember
 from ..masks.maskset import MaskSet
 from ..model.targets import Target, find_targets
 from ..selection.allocation import allocate
 from ..solvers.magnitude import magnitude
 from ..solvers.methods import METHODS, Method
 from ..solvers.problem import LayerProblem, Solution
-from .placement import LocalPlacement
+from .checks import check_not_denser, check_solved
+from .placement import DistributedPlacement, LocalPlacement
 
 logger = logging.getLogger(__name__)
 # A layer that sees fewer calibration tokens than this, while others see all, is an expert that was hardly asked.
@@ -72,6 +75,8 @@ def prune(
     check_method(options, method, calibration is not None)
     check_scores(options, method, scores, layer_sparsity is not None)
     check_redistribution(options, placement.targets)
+    if not isinstance(placement, DistributedPlacement):
+        check_not_denser(placement.targets, options.sparsity, layer_sparsity)
     if layer_sparsity is None:
         layer_sparsity = _allocated(model, calibration, method, options, scores, placement, batch_size, bool(progress))
     if not isinstance(progress, Progress):
@@ -86,6 +91,11 @@ def prune(
     sweep.warn_of_rare()
     result = placement.masks(options.pattern)
     result.apply()
+    if not isinstance(placement, DistributedPlacement):  # a training run does both itself
+        followed = [(target.parameter_name, target.parameter) for target in placement.targets]
+        followed += [(f"bias of {t.name}", t.bias) for t in placement.targets if t.bias is not None]
+        check_solved(shards_of(followed), None if calibration is None else calibration.numel())
+        remember(model, result)
     return result
 
 

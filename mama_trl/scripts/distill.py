@@ -35,7 +35,7 @@ def main(training_args, script_args, model_args, dataset_args) -> None:
         model_args.model_name_or_path, args=training_args, train_dataset=train_data, eval_dataset=eval_data,
         processing_class=load_tokenizer(model_args.model_name_or_path),
     )
-    training.train(trainer, resume, script_args.dataset_name)
+    training.train(trainer, resume, script_args.dataset_name, script_args.overwrite)
 
 
 def run(argv: list[str]) -> int:

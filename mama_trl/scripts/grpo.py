@@ -73,7 +73,7 @@ def main(training_args, script_args, model_args, dataset_args) -> None:
         model_args.model_name_or_path, rewards, args=training_args, train_dataset=train_data, eval_dataset=eval_data,
         processing_class=tokenizer,
     )
-    training.train(trainer, resume, script_args.dataset_name)
+    training.train(trainer, resume, script_args.dataset_name, script_args.overwrite)
 
 
 def run(argv: list[str]) -> int:

@@ -68,7 +68,7 @@ def main(config, script_args, training_args, model_args, dataset_args) -> None:
         model, args=training_args, train_dataset=train_data, eval_dataset=eval_data, processing_class=tokenizer,
         callbacks=[MamaCallback(config, stage="pretrain")],
     )
-    training.train(trainer, resume, script_args.dataset_name)
+    training.train(trainer, resume, script_args.dataset_name, script_args.overwrite)
 
 
 def run(argv: list[str]) -> int:

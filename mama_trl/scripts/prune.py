@@ -88,7 +88,12 @@ def prune_connections(args) -> None:
     output = _save(model, tokenizer, args.output)
     masks.save(output)
     unfinished.remove()
-    print(f"{masks.sparsity():.2%} of the prunable weights are zero ({args.method}, {options.pattern}): {output}")
+    zeros = sum(int(target.matrix.numel() - target.matrix.count_nonzero()) for target in targets)
+    counted = zeros / sum(target.matrix.numel() for target in targets)
+    print(
+        f"{counted:.2%} of the prunable weights are zero, {masks.sparsity():.2%} by the masks ({args.method}, "
+        f"{options.pattern}): {output}"
+    )
 
 
 def remove_structures(args) -> None:

@@ -33,7 +33,7 @@ def main(config, script_args, training_args, model_args, dataset_args) -> None:
         processing_class=load_tokenizer(model_args.model_name_or_path),
         callbacks=[MamaCallback(config, stage="sft")],
     )
-    training.train(trainer, resume, script_args.dataset_name)
+    training.train(trainer, resume, script_args.dataset_name, script_args.overwrite)
 
 
 def run(argv: list[str]) -> int:

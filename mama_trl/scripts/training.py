@@ -7,13 +7,15 @@ import sys
 from pathlib import Path
 from typing import Optional
 
-from transformers.trainer_utils import get_last_checkpoint
+from transformers import TrainerCallback
 
+from ..engines import ranks
 from ..errors import MamaError
 from ..evaluation.loading import check_model_source
-from ..folders import check_output_dir, holds_something
+from ..folders import check_output_dir
 from ..masks.files import FOLDER, STATE_FILE
-from ..training.checkpoints import cut_off, newest_whole
+from ..training.callback import MamaCallback
+from ..training.checkpoints import checkpoints, choose, remove_ours
 from ..training.integrations import connect
 
 logger = logging.getLogger(__name__)
@@ -31,31 +33,24 @@ def check_run(script_args, training_args, model_args, needs_weights: bool = True
     for name in ("use_peft", "load_in_8bit", "load_in_4bit"):
         if getattr(model_args, name):
             raise MamaError(f"`{name}` is set, which is not supported yet: train the full weights without adapters.")
-    resume = training_args.resume_from_checkpoint
-    again = str(resume).lower() == "true"
+    asked = training_args.resume_from_checkpoint
+    asked = {"true": True, "false": None}.get(str(asked).lower(), asked)
     output = Path(training_args.output_dir)
-    if str(resume).lower() == "false":
-        resume = None
-    if again:
-        sentence = cut_off(output)
-        resume = newest_whole(output) or (get_last_checkpoint(output) if output.is_dir() and not sentence else None)
-        if sentence:
-            logger.warning(sentence)
-        elif resume is None:
-            logger.warning("no checkpoint in %s yet: starting from the beginning", output)
-        resume = resume and str(resume)
-    elif resume is not None and not Path(resume).is_dir():
-        raise MamaError(f"`resume_from_checkpoint` is {resume}, which is no folder: give a checkpoint folder, or true.")
+    resume = ranks.decided(lambda: choose(output, asked))
     _check_ranks(resume, training_args)
-    if resume is None and int(os.environ.get("RANK", 0)) == 0:
-        # Asked to go on where nothing whole was left: what the first save left half-written is in nobody's way.
-        if holds_something(output) and get_last_checkpoint(output) and not script_args.overwrite and not again:
-            raise MamaError(
-                f"`output_dir` is {output}, which holds an earlier run: go on with --resume_from_checkpoint true, "
-                "start anew with --overwrite true, or choose another."
-            )
-        check_output_dir(output, script_args.overwrite or again, model_args.model_name_or_path)
+    if resume is None:
+        ranks.decided(lambda: _check_output(output, script_args.overwrite, asked is True, model_args))
     return resume
+
+
+def _check_output(output: Path, overwrite: bool, again: bool, model_args) -> None:
+    # Asked to go on where nothing whole was left: what the first save left half-written is in nobody's way.
+    if checkpoints(output) and not overwrite and not again:
+        raise MamaError(
+            f"`output_dir` is {output}, which holds an earlier run: go on with --resume_from_checkpoint true, start "
+            "anew with --overwrite true, or choose another."
+        )
+    check_output_dir(output, overwrite or again, model_args.model_name_or_path)
 
 
 def _check_ranks(resume: Optional[str], training_args) -> None:
@@ -83,14 +78,34 @@ def model_options(training_args, model_args) -> dict:
     return options
 
 
-def train(trainer, resume, dataset_name: Optional[str]) -> None:
-    """Trains, saves model, tokenizer and masks into `output_dir`, and pushes them if asked to."""
+class StartsAnew(TrainerCallback):
+    """Deletes the checkpoints of the run that is overwritten, when everything else about the new one is in order."""
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        ranks.decided(lambda: remove_ours(args.output_dir))
+
+
+def train(trainer, resume, dataset_name: Optional[str], overwrite: bool = False) -> None:
+    """Trains, saves model, tokenizer and masks into `output_dir`, and pushes them if asked to.
+
+    Args:
+        resume: the checkpoint to go on from, or None.
+        overwrite: whether a run that starts anew deletes the checkpoints of an earlier one.
+
+    Raises:
+        MamaError: weights are NaN, and then nothing is saved; or, with the model saved, it is not as sparse as asked.
+    """
     connect(trainer)
+    if resume is None and overwrite:
+        trainer.add_callback(StartsAnew())
     trainer.train(resume_from_checkpoint=resume)
     args = trainer.args
     trainer.save_model(args.output_dir)
-    if args.push_to_hub:
-        trainer.push_to_hub(dataset_name=dataset_name)
     if trainer.is_world_process_zero():
         print(f"model saved in {args.output_dir}", file=sys.stderr)
+    ours = next(each for each in trainer.callback_handler.callbacks if isinstance(each, MamaCallback))
+    if args.push_to_hub and ours.missed is None:
+        trainer.push_to_hub(dataset_name=dataset_name)
     trainer.end()
+    if ours.missed is not None:
+        raise MamaError(ours.missed)

@@ -15,12 +15,18 @@ from transformers import TrainerCallback
 
 from ..config import MamaConfig
 from ..engines import ranks
+from ..engines.detect import unwrap
 from ..engines.zero import hook_steps
 from ..errors import MamaError
 from ..indicators.trajectory import Trajectory
 from ..masks.maskset import MaskSet
+from . import outcome
+from .alone import refuse_second
 from .card import CardFacts, write_card
 from .checkpoints import cut_off
+from .finished import Standstill, is_finished
+from .health import check_finite
+from .identity import identity
 from .persistence import beside, check_limit, forget_best, resumed_from
 from .regimes import HardMasks, Regime
 from .state import RunState
@@ -48,7 +54,10 @@ class MamaCallback(TrainerCallback):
     Raises (at construction):
         MamaError: `calibration_tokens` beside `calibration`, which would have no effect.
     Raises (at the start of training):
-        MamaError: nothing to prune, unsupported engine or adapters, masks of another model.
+        MamaError: nothing to prune, unsupported engine or adapters, masks of other weights, another run's checkpoint,
+            a second MamaCallback.
+    Raises (while training):
+        MamaError: a weight is NaN or infinite, when it would be logged or saved.
     """
 
     recorded_statistics: Optional[tuple[str, ...]] = None  # those that this stage records; None = all it keeps
@@ -69,76 +78,99 @@ class MamaCallback(TrainerCallback):
         self.regime: Optional[Regime] = None
         self._new_regime = regime
         self._unhook: list[Callable[[], None]] = []  # under an engine whose steps the Trainer's events do not see
+        self._still: Optional[Standstill] = None  # of a run with nothing left to do
+        self._looked = 0  # step after which the weights were last looked at
         self._history_every = 1
         self._facts = CardFacts()
 
     # ------------------------------------------------------------------ events
 
     def on_init_end(self, args, state, control, **kwargs):
-        sentence = cut_off(args.output_dir)
-        if sentence and args.should_save:
+        refuse_second(state, "init")
+        sentence = cut_off(args.output_dir) if args.should_save else None
+        if sentence:
             logger.warning(sentence)
 
     @torch.no_grad()
-    def on_train_begin(self, args, state, control, model=None, optimizer=None, **kwargs):
-        self._release_hooks()
+    def on_train_begin(self, args, state, control, model=None, optimizer=None, train_dataloader=None, **kwargs):
+        refuse_second(state, "train")
+        self._release()
         check_limit(args)
-        self.run = RunState(model, self.config, self.stage)
+        self._facts = CardFacts()
+        self.run = run = RunState(model, self.config, self.stage)
+        run.identity = ranks.decided(lambda: identity(args, self.config, self.stage, run.model, train_dataloader))
         if state.global_step > 0:
-            self.run.restore(resumed_from(args, state), args.output_dir)
-        elif self.config.inherit_masks:
-            self.run.inherit(beside(self.run.model))
-        self.regime = self._new_regime(self.run, state.max_steps, self.calibration)
-        self._history_every = max(1, state.max_steps // HISTORY_POINTS)
+            run.restore(resumed_from(args, state), args.output_dir)
+        else:
+            run.inherit(beside(run.model))
+        self.regime = self._new_regime(run, state.max_steps, self.calibration)
+        self._history_every, self._looked = max(1, state.max_steps // HISTORY_POINTS), state.global_step
+        if is_finished(state):
+            self._still = Standstill(state, optimizer, args.should_save)
+            return
         self._unhook = hook_steps(optimizer, self._before_step, self.regime.after_step)
         if state.global_step == 0:
-            self.run.sample(0)
+            run.sample(0)
         self._watch_inputs(state.global_step)
 
     def on_step_begin(self, args, state, control, **kwargs):
         self._forget_best(state)
 
     def on_pre_optimizer_step(self, args, state, control, **kwargs):
-        if not self._unhook:
+        if not self._unhook and not self._still:
             self._before_step()
 
     def on_optimizer_step(self, args, state, control, **kwargs):
-        if not self._unhook:
+        if not self._unhook and not self._still:
             self.regime.after_step()
 
     @torch.no_grad()
     def on_step_end(self, args, state, control, optimizer=None, **kwargs):
+        if self._still:
+            return self._still.undo(state, control)
         step = state.global_step
-        if self.regime.end_step(step, optimizer):
+        changed = self.regime.end_step(step, optimizer)
+        if changed:
             self.on_masks_updated(step)
         if step % self._history_every == 0:
             self.run.sample(step)
         self._watch_inputs(step)
+        self._look(args, state, control, changed)
 
-    def on_log(self, args, state, control, logs=None, **kwargs):
-        if logs is None or self.run is None:
+    def on_epoch_end(self, args, state, control, **kwargs):
+        self._still.undo(state, control) if self._still else self._look(args, state, control)
+
+    def on_log(self, args, state, control, logs=None, model=None, **kwargs):
+        if logs is None or not self._trains(model):
             return
-        logs.update(self.metrics())
         # The Trainer copied its logs into the history before this event.
-        if state.log_history and state.log_history[-1].get("step") == state.global_step:
-            state.log_history[-1].update(self.metrics())
+        history = state.log_history[-1:]
+        for written in [logs, *(row for row in history if row.get("step") == state.global_step)]:
+            written.update(self.metrics())
+            if self._still:
+                self._still.correct(written)
 
     def on_evaluate(self, args, state, control, metrics=None, **kwargs):
         self._facts.take(args, state, metrics)
 
     def on_save(self, args, state, control, **kwargs):
-        self.save(Path(args.output_dir) / f"checkpoint-{state.global_step}")
+        self.run.save(Path(args.output_dir) / f"checkpoint-{state.global_step}", True, step=state.global_step)
         self._forget_best(state)
 
+    @torch.no_grad()
     def on_train_end(self, args, state, control, **kwargs):
-        self._release_hooks()
+        self._release()
         self.regime.finish()
-        self.run.inputs.stop()
-        self.save(args.output_dir)
+        check_finite(self.run.parameters, state.global_step, args.output_dir)
+        self.run.save(args.output_dir, step=state.global_step)
+        self.run.leave(args.output_dir)
+        if self.missed is not None and args.should_save:
+            logger.warning(self.missed)
+            state.log_history.append({"step": state.global_step, **self.metrics()})
 
-    def on_push_begin(self, args, state, control, **kwargs):
+    def on_push_begin(self, args, state, control, model=None, **kwargs):
         # Only the main process comes here: where ranks share the masks, what the last save wrote is pushed.
-        if args.should_save and self.run is not None:
+        if args.should_save and self._trains(model):
             if ranks.everyone() is None:
                 self.save(args.output_dir)
             write_card(args.output_dir, self.card())
@@ -157,16 +189,18 @@ class MamaCallback(TrainerCallback):
 
     @property
     def sparsity(self) -> float:
-        """Sparsity of the masks now; 0.0 before the first mask update."""
+        """Share of the prunable weights that are exactly zero, as counted at the last mask update, log or save."""
         return self.run.sparsity if self.run is not None else 0.0
 
+    @property
+    def missed(self) -> Optional[str]:
+        """A sentence if the weights, as counted last, are below the sparsity that the run is to end with."""
+        return outcome.sentence(self.run, self.regime) if self.regime is not None else None
+
     def metrics(self) -> dict[str, float]:
-        """`mama/sparsity`, and `mama/skipped_steps` where a gradient held NaN or infinity."""
-        numbers = {"mama/sparsity": round(self.sparsity, 6)}
-        skipped = int(self.run.trajectory.skipped) if self.run is not None else 0
-        if skipped:
-            numbers["mama/skipped_steps"] = skipped
-        return numbers
+        """`mama/sparsity` and, of the masks, `mama/mask_sparsity`; `mama/skipped_steps` where a gradient held NaN or
+        infinity, and `mama/sparsity_missed` where a run has come to its end below its sparsity."""
+        return outcome.metrics(self.run, self.regime)
 
     def save(self, folder: str | Path) -> None:
         """Writes masks, statistics and the run's state into `folder/mama/`; nothing before training. Collective."""
@@ -175,7 +209,7 @@ class MamaCallback(TrainerCallback):
 
     def card(self) -> dict:
         """What the model card tells: sparsity, pattern, how it was pruned, and the last evaluation's numbers."""
-        return self._facts.of(self.config, self.sparsity, self.stage)
+        return self._facts.of(self.config, self.sparsity, self.stage, self.missed)
 
     def on_masks_updated(self, step: int) -> None:
         """Called after every mask update; a trainer that samples from a copy of the model syncs it here."""
@@ -186,16 +220,34 @@ class MamaCallback(TrainerCallback):
         self.run.trajectory.record(self.recorded_statistics)
         self.regime.before_step()
 
-    def _release_hooks(self) -> None:
+    def _look(self, args, state, control, changed: bool = False) -> None:
+        """Counts the zeros, and stops a run whose weights are no numbers, before anything is logged or saved."""
+        ends = control.should_training_stop or state.global_step >= state.max_steps
+        asked = control.should_log or control.should_save or ends
+        if changed or asked and self._looked != state.global_step:
+            self._looked = state.global_step
+            check_finite(self.run.parameters, state.global_step, args.output_dir)
+            self.run.count()
+            self.run.ended = ends
+
+    def _trains(self, model) -> bool:
+        """Whether `model` is the one of this callback's run: a Trainer may log and evaluate before it trains."""
+        return self.run is not None and (model is None or unwrap(model) is self.run.model)
+
+    def _release(self) -> None:
         for undo in self._unhook:
             undo()
-        self._unhook = []
+        if self._still is not None:
+            self._still.release()
+        if self.run is not None:
+            self.run.inputs.stop()
+        self._unhook, self._still = [], None
 
     def _watch_inputs(self, step: int) -> None:
         """Captures inputs only before a mask update that will need them."""
-        wanted = step < self.regime.last and self.calibration is None and self.config.needs_calibration
+        wanted = self.regime.pending(step) and self.calibration is None and self.config.needs_calibration
         self.run.inputs.start() if wanted else self.run.inputs.stop()
 
     def _forget_best(self, state) -> None:
-        if self.regime is not None and state.global_step < self.regime.last:
+        if self.regime is not None and self.regime.pending(state.global_step):
             forget_best(state)
