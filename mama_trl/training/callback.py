@@ -162,6 +162,7 @@ class MamaCallback(TrainerCallback):
         self._release()
         self.regime.finish()
         check_finite(self.run.parameters, state.global_step, args.output_dir)
+        self.run.ended = True
         self.run.save(args.output_dir, step=state.global_step)
         self.run.leave(args.output_dir)
         if self.missed is not None and args.should_save:
