@@ -15,12 +15,8 @@ from transformers import TrainerCallback
 
 from ..config import MamaConfig
 from ..engines import ranks
-from ..engines.detect import unwrap
 from ..engines.zero import hook_steps
 from ..errors import MamaError
-from ..indicators.trajectory import Trajectory
-from ..masks.maskset import MaskSet
-from . import outcome
 from .alone import refuse_second
 from .card import CardFacts, write_card
 from .checkpoints import cut_off
@@ -30,12 +26,13 @@ from .identity import identity
 from .persistence import beside, check_limit, forget_best, resumed_from
 from .regimes import HardMasks, Regime
 from .state import RunState
+from .view import RunView
 
 logger = logging.getLogger(__name__)
 HISTORY_POINTS = 40  # how often a stage writes down its sample of connections
 
 
-class MamaCallback(TrainerCallback):
+class MamaCallback(RunView, TrainerCallback):
     """Records trajectories, computes masks on a schedule, and keeps pruned connections at exactly 0.0.
 
     Masks and statistics are saved in `mama/` within every checkpoint and, at the end, within `output_dir`;
@@ -49,7 +46,7 @@ class MamaCallback(TrainerCallback):
         regime: how the run becomes sparse; made when training begins, of the run's state, its number of steps and
             `calibration`.
 
-    `run` (the run's state) and `regime` are there once training has begun.
+    `run` (the run's state) and `regime` are there once training has begun; what else it tells is in view.py.
 
     Raises (at construction):
         MamaError: `calibration_tokens` beside `calibration`, which would have no effect.
@@ -66,22 +63,18 @@ class MamaCallback(TrainerCallback):
         self, config: Optional[MamaConfig] = None, calibration: Optional[Tensor] = None, stage: str = "train",
         regime: Callable[..., Regime] = HardMasks,
     ):
-        self.config = config if config is not None else MamaConfig()
+        super().__init__(config if config is not None else MamaConfig(), stage)
         if calibration is not None and self.config.calibration_tokens is not None:
             raise MamaError(
                 f"`calibration_tokens` is {self.config.calibration_tokens!r}, but `calibration` is given, so no tokens "
                 "of batches are kept: leave one of them out."
             )
         self.calibration = calibration
-        self.stage = stage
-        self.run: Optional[RunState] = None
-        self.regime: Optional[Regime] = None
         self._new_regime = regime
         self._unhook: list[Callable[[], None]] = []  # under an engine whose steps the Trainer's events do not see
         self._still: Optional[Standstill] = None  # of a run with nothing left to do
         self._looked = 0  # step after which the weights were last looked at
         self._history_every = 1
-        self._facts = CardFacts()
 
     # ------------------------------------------------------------------ events
 
@@ -141,7 +134,7 @@ class MamaCallback(TrainerCallback):
         self._still.undo(state, control) if self._still else self._look(args, state, control)
 
     def on_log(self, args, state, control, logs=None, model=None, **kwargs):
-        if logs is None or not self._trains(model):
+        if logs is None or not self.is_of(model):
             return
         # The Trainer copied its logs into the history before this event.
         history = state.log_history[-1:]
@@ -171,46 +164,10 @@ class MamaCallback(TrainerCallback):
 
     def on_push_begin(self, args, state, control, model=None, **kwargs):
         # Only the main process comes here: where ranks share the masks, what the last save wrote is pushed.
-        if args.should_save and self._trains(model):
+        if args.should_save and self.is_of(model):
             if ranks.everyone() is None:
                 self.save(args.output_dir)
             write_card(args.output_dir, self.card())
-
-    # ------------------------------------------------------------------ what users call
-
-    @property
-    def masks(self) -> Optional[MaskSet]:
-        """The masks now; None before the first."""
-        return self.run.masks if self.run is not None else None
-
-    @property
-    def trajectory(self) -> Optional[Trajectory]:
-        """The statistics of the run; None before training begins."""
-        return self.run.trajectory if self.run is not None else None
-
-    @property
-    def sparsity(self) -> float:
-        """Share of the prunable weights that are exactly zero, as counted at the last mask update, log or save."""
-        return self.run.sparsity if self.run is not None else 0.0
-
-    @property
-    def missed(self) -> Optional[str]:
-        """A sentence if the weights, as counted last, are below the sparsity that the run is to end with."""
-        return outcome.sentence(self.run, self.regime) if self.regime is not None else None
-
-    def metrics(self) -> dict[str, float]:
-        """`mama/sparsity` and, of the masks, `mama/mask_sparsity`; `mama/skipped_steps` where a gradient held NaN or
-        infinity, and `mama/sparsity_missed` where a run has come to its end below its sparsity."""
-        return outcome.metrics(self.run, self.regime)
-
-    def save(self, folder: str | Path) -> None:
-        """Writes masks, statistics and the run's state into `folder/mama/`; nothing before training. Collective."""
-        if self.run is not None:
-            self.run.save(folder)
-
-    def card(self) -> dict:
-        """What the model card tells: sparsity, pattern, how it was pruned, and the last evaluation's numbers."""
-        return self._facts.of(self.config, self.sparsity, self.stage, self.missed)
 
     def on_masks_updated(self, step: int) -> None:
         """Called after every mask update; a trainer that samples from a copy of the model syncs it here."""
@@ -230,10 +187,6 @@ class MamaCallback(TrainerCallback):
             check_finite(self.run.parameters, state.global_step, args.output_dir)
             self.run.count()
             self.run.ended = ends
-
-    def _trains(self, model) -> bool:
-        """Whether `model` is the one of this callback's run: a Trainer may log and evaluate before it trains."""
-        return self.run is not None and (model is None or unwrap(model) is self.run.model)
 
     def _release(self) -> None:
         for undo in self._unhook:

@@ -1,4 +1,4 @@
-"""Counts what a saved model holds, from the bytes of its files: nothing here comes from the package or its libraries."""
+"""Counts what a saved model holds, from the bytes of its files: nothing here comes from the package."""
 
 import json
 import struct
