@@ -14,8 +14,10 @@ _EXPORTS = {
     "MamaGRPOConfig": "training.grpo.config",
     "MamaGRPOTrainer": "training.grpo.trainer",
     "MaskSet": "masks.maskset",
+    "load_packed": "export.packed",
     "prune": "pruning.prune",
     "prune_structures": "pruning.structures.remove",
+    "save_packed": "export.packed",
 }
 __all__ = sorted(_EXPORTS)
 

@@ -5,17 +5,30 @@ Flags of the commands, parameters of `prune`, and recipes derive from these fiel
 
 import re
 from dataclasses import dataclass, field, fields
-from typing import ClassVar, Optional
+from typing import ClassVar, Iterable, Optional
 
 from .errors import MamaError
 
-INDICATORS = ("magnitude", "activation", "sensitivity", "movement", "curvature", "reward")
+INDICATORS = {  # name: what it is
+    "magnitude": "|w|",
+    "activation": "magnitude times input norm",
+    "sensitivity": "mean |w g| over steps",
+    "movement": "away from zero, -sum w g",
+    "curvature": "w² √v of Adam's second moment",
+    "reward": "root mean square of w g of the GRPO loss",
+}
+READS_INPUTS = {"activation"}  # indicators that follow from a layer's inputs
 STATISTICS = ("sensitivity", "movement", "reward")
 RECORDED_BUDGETS = ("sensitivity", "curvature", "reward")  # what a training run records, or its optimizer keeps
 BUDGETS = ("uniform", "gradients", *RECORDED_BUDGETS)
 SCOPES = ("matrix", "row", "global")
 SCHEDULES = ("oneshot", "cubic", "hold")
-REDISTRIBUTIONS = ("none", "mean", "bias", "least_squares")
+REDISTRIBUTIONS = {  # name: where pruned values go
+    "none": "nowhere",
+    "mean": "evenly to the kept connections of their row",
+    "bias": "their mean output into the bias",
+    "least_squares": "kept values that lose least of the layer's outputs, found together with the mask",
+}
 
 
 def default_blend(budget: str, sparsity: float) -> float:
@@ -35,8 +48,8 @@ def check_sparsity(value: float, field_name: str = "sparsity") -> float:
     return float(value)
 
 
-def check_choice(value: str, choices: tuple, field_name: str) -> str:
-    if value not in choices:
+def check_choice(value: str, choices: Iterable[str], field_name: str) -> str:
+    if value not in list(choices):
         raise MamaError(f"`{field_name}` is {value!r}, which is unknown: use one of {', '.join(choices)}.")
     return value
 
@@ -97,8 +110,9 @@ class PruningOptions:
     indicators: list[str] = field(
         default_factory=lambda: ["activation"],
         metadata={
-            "help": "Which connection to keep: magnitude, activation (magnitude times input norm), sensitivity, "
-            "movement, curvature, reward; `name=weight` weighs one against the others."
+            "help": "Which connection to keep: "
+            + "; ".join(f"{name} ({what})" for name, what in INDICATORS.items())
+            + ". `name=weight` weighs one against the others."
         },
     )
     budget: Optional[str] = field(
@@ -119,7 +133,10 @@ class PruningOptions:
     )
     redistribution: str = field(
         default="least_squares",
-        metadata={"help": "How pruned values move to kept connections: none, mean, bias or least_squares."},
+        metadata={
+            "help": "Where pruned values go: " + "; ".join(f"{name} ({what})" for name, what in REDISTRIBUTIONS.items())
+            + "."
+        },
     )
     target_modules: Optional[list[str]] = field(
         default=None,
@@ -142,7 +159,7 @@ class PruningOptions:
     @property
     def needs_calibration(self) -> bool:
         """Whether pruning reads inputs of the layers."""
-        return "activation" in self.weights or self.redistribution != "none"
+        return bool(READS_INPUTS & set(self.weights)) or self.redistribution != "none"
 
     @property
     def blend(self) -> float:

@@ -3,8 +3,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from mama_trl.config import STATISTICS
 from mama_trl.indicators.combine import combine
-from mama_trl.indicators.formulas import activation, curvature, movement, sensitivity
+from mama_trl.indicators.formulas import activation, curvature, sensitivity
+from mama_trl.indicators.trajectory import RULES
 from mama_trl.selection.allocation import blended, global_densities
 from mama_trl.selection.threshold import kept_count
 from mama_trl.training.schedule import Schedule
@@ -48,7 +50,10 @@ def test_indicators_by_hand():
     weight, gradient = torch.tensor([[2.0, -3.0]]), torch.tensor([[0.5, 0.5]])
     assert activation(weight, torch.tensor([10.0, 1.0])).tolist() == [[20.0, 3.0]]
     assert sensitivity(weight, gradient).tolist() == [[1.0, 1.5]]
-    assert movement(weight, gradient).tolist() == [[-1.0, 1.5]]
+    assert [RULES[name](weight * gradient).tolist() for name in ("sensitivity", "movement", "reward")] == [
+        [[1.0, 1.5]], [[-1.0, 1.5]], [[1.0, 2.25]]
+    ]
+    assert set(RULES) == set(STATISTICS)
     assert curvature(weight, torch.tensor([[4.0, 1.0]])).tolist() == [[8.0, 9.0]]
 
 

@@ -368,6 +368,7 @@ def test_sensitivity_budget_on_other_architectures(make_model, rows, architectur
 def test_a_criterion_is_a_geometric_mean():
     """As a score, and as what multiplies |w| ‖x‖ in a solver, with the exponent of ‖x‖ that the shares give it."""
     weight, norm = torch.tensor([[1.0, -4.0], [2.0, 1.0]]), torch.tensor([9.0, 4.0])
+    inputs = Gram(torch.diag(norm**2), torch.zeros(2), 1)
     score = torch.tensor([[1.0, 2.0], [3.0, 2.0]])
     activation = weight.abs() * norm
     for weights, exponent, expected in (
@@ -379,11 +380,11 @@ def test_a_criterion_is_a_geometric_mean():
         criterion = Criterion(weights)
         found = {"sensitivity": score} if "sensitivity" in weights else {}
         assert criterion.input_exponent == exponent
-        direct = criterion.score(weight, norm, found)
-        in_solver = activation * criterion.multiplier(weight, norm, found)
+        direct = criterion.score(weight, inputs, found)
+        in_solver = activation * criterion.multiplier(weight, inputs, found)
         assert torch.allclose(direct / direct[0, 0], expected / expected[0, 0], rtol=1e-5)
         assert torch.allclose(in_solver / in_solver[0, 0], expected / expected[0, 0], rtol=1e-5)
-    assert Criterion({"activation": 2.0}).multiplier(weight, norm, {}) is None
+    assert Criterion({"activation": 2.0}).multiplier(weight, inputs, {}) is None
 
 
 def test_weights_and_biases_by_hand():

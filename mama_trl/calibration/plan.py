@@ -20,7 +20,8 @@ INPUT, OUTPUT = "(input)", "(output)"
 class LayerGroup:
     """Targets that are measured together.
 
-    `writer` adds its output to the residual stream, which is then seen at `place`. `norm` is the submodule that makes
+    `writer` adds its output to the residual stream, which is then seen at `place`; in a block with norms behind its
+    layers (Gemma 2 and 3, OLMo 2, GLM-4) what is added is the output's `post` norm. `norm` is the submodule that makes
     the group's inputs from the residual stream at `source`. Places are names of submodules, meaning their inputs, or
     INPUT and OUTPUT of the block. `last` is the module whose inputs end the measuring pass. `whole` is set where a
     block can be started behind this group: the submodule (the attention) that all of the block up to `place` runs
@@ -30,10 +31,37 @@ class LayerGroup:
     targets: list[Target] = field(default_factory=list)
     writer: Optional[Target] = None
     place: str = ""
+    post: Optional["PostNorm"] = None
     norm: Optional[nn.Module] = None
     source: str = ""
     last: Optional[nn.Module] = None
     whole: Optional[nn.Module] = None
+
+
+@dataclass(eq=False)
+class PostNorm:
+    """A root mean square norm that a writer's output goes through: N(y) = gain · y / rms(y), per token.
+
+    `gain` (width,) fp32, so that N's own way to store it (Gemma adds one) does not matter.
+    """
+
+    module: nn.Module
+    gain: Tensor
+
+    @classmethod
+    def of(cls, module: nn.Module, outputs: Tensor) -> Optional["PostNorm"]:
+        """The norm if `module` makes gain · y / rms(y) of `outputs` y (tokens, width); None if anything else."""
+        dtype = next((p.dtype for p in module.parameters()), outputs.dtype)
+        gain = module(torch.ones_like(outputs[:1], dtype=dtype)).float()[0]
+        expected = gain * outputs / rms(outputs)
+        found = module(outputs.to(dtype)).float()
+        tolerance = 1e-3 if dtype == torch.float32 else 3e-2
+        return cls(module, gain) if (found - expected).norm() <= tolerance * expected.norm() else None
+
+
+def rms(states: Tensor) -> Tensor:
+    """Root mean square of each row, (rows, 1)."""
+    return states.square().mean(-1, keepdim=True).sqrt().clamp_min(1e-12)
 
 
 def startable_segments(groups: list[LayerGroup]) -> list[list[LayerGroup]]:
@@ -89,11 +117,12 @@ def plan_groups(
     for group in groups:
         writers = [t for t in group.targets if t.name in places]
         if len(writers) == 1 and len(group.targets) == 1:
-            group.writer, group.place = writers[0], places[writers[0].name]
+            group.writer, (group.place, group.post) = writers[0], places[writers[0].name]
             group.whole = _startable(group, plain, run)
     for group in groups:
         if group.writer is None and group.last is not None:
-            group.norm, group.source = _source(block, group, plain, set(places.values()) - {OUTPUT} | {INPUT})
+            streams = {place for place, _ in places.values()} - {OUTPUT} | {INPUT}
+            group.norm, group.source = _source(block, group, plain, streams)
     uncalled = [t for t in own if t not in order]
     if uncalled:  # experts in a list to which no token of the probe came: measured over a whole pass, at the end
         groups.append(LayerGroup(uncalled))
@@ -177,11 +206,13 @@ def _observe(block: nn.Module, run: Callable[[], Tensor], muted: Optional[nn.Mod
     return seen
 
 
-def _places(block: nn.Module, candidates: list[Target], plain: _Seen, run: Callable[[], Tensor]) -> dict[str, str]:
-    """By target name: the earliest place where its output is found *added* to a residual stream.
+def _places(
+    block: nn.Module, candidates: list[Target], plain: _Seen, run: Callable[[], Tensor]
+) -> dict[str, tuple[str, Optional[PostNorm]]]:
+    """By target name: the earliest place where its output, or a norm of it, is found *added* to a residual stream.
 
     A layer writes to a place if the value there differs from the one with the layer silenced by exactly the layer's
-    output, and something was there before.
+    output (what the norm behind it makes of it), and something was there before.
     """
     names = {module: name for name, module in block.named_modules()}
     found = {}
@@ -190,7 +221,10 @@ def _places(block: nn.Module, candidates: list[Target], plain: _Seen, run: Calla
         if output is None or tokens_of(output).shape != tokens_of(plain.inputs[INPUT]).shape:
             continue
         silent = _observe(block, run, target.module).inputs
-        change = tokens_of(output)
+        behind = [name for name, value in plain.inputs.items() if value is output and name in plain.outputs]
+        behind = behind if target.bias is None else []  # a weighted bias has no column of its own
+        post = PostNorm.of(block.get_submodule(behind[0]), tokens_of(output)) if behind else None
+        change = tokens_of(plain.outputs[behind[0]] if post else output)
         for place, value in plain.inputs.items():
             if place not in silent or not value.is_floating_point() or tokens_of(value).shape != change.shape:
                 continue
@@ -200,7 +234,7 @@ def _places(block: nn.Module, candidates: list[Target], plain: _Seen, run: Calla
             added = (difference - change).norm() <= 1e-4 * change.norm() + rounding
             # Where nothing changed at all, rounding in bf16 could hide that: the change must be seen.
             if added and before.norm() > 0 and (difference * change).sum() >= 0.5 * change.square().sum() > 0:
-                found[target.name] = place
+                found[target.name] = place, post
                 break
     return found
 
@@ -211,9 +245,13 @@ def tokens_of(states: Tensor) -> Tensor:
 
 
 def _source(block: nn.Module, group: LayerGroup, plain: _Seen, places: set[str]) -> tuple[Optional[nn.Module], str]:
-    """The submodule that turns the residual stream at one of `places` into the group's inputs, and that place."""
+    """The submodule that turns the residual stream at one of `places` into the group's inputs, and that place; the
+    identity where the group reads the stream itself."""
     names = {module: name for name, module in block.named_modules()}
     wanted = plain.inputs.get(names[group.targets[0].module])
+    for place in places:
+        if wanted is not None and plain.inputs.get(place) is wanted:
+            return nn.Identity(), place
     for name, out in plain.outputs.items():
         if out is wanted:
             for place in places:

@@ -25,7 +25,7 @@ from ..model.targets import Target
 from ..solvers.problem import Goal, Gram
 from .blockwise import measured_outside
 from .grams import Measured, collect
-from .plan import INPUT, OUTPUT, LayerGroup, plan_groups, silenced, startable_segments, tokens_of
+from .plan import INPUT, OUTPUT, LayerGroup, plan_groups, rms, silenced, startable_segments, tokens_of
 from .progress import Progress
 from .source import BlocksInPlace
 
@@ -124,7 +124,8 @@ class _Walk:
         if end:
             # What the block's first half would compute anew, from the inputs of its last layer.
             for i, (states, given) in enumerate(zip(self._pruned, inputs)):
-                self._pruned[i] = states + end.writer.module(given).view_as(states)
+                added = end.writer.module(given)
+                self._pruned[i] = states + (end.post.module(added) if end.post else added).view_as(states)
             self._at = end.place
         else:
             for i, states in enumerate(self._pruned):
@@ -182,12 +183,14 @@ def _measure(
     if writer:
         cross = torch.zeros(writer.shape, device=writer.parameter.device)
         goal = Goal(cross, cross.new_zeros(writer.shape[0]))
+        weighted = Gram.zeros(writer.shape[1], cross.device)
     elif group.norm is not None:
         pairs = torch.zeros(first.shape[1], first.shape[1], device=first.parameter.device)
         pairs = Goal(pairs, pairs.new_zeros(first.shape[1]))
 
     def silence(_, args, out):
         seen["inputs"] = args[0]
+        seen["outputs"] = out  # of the weight as it is, on inputs that pruned layers made
         return torch.zeros_like(out)
 
     def arrive(_, args):
@@ -217,7 +220,14 @@ def _measure(
                     kept.append(seen["inputs"])
                 if writer:
                     wanted = tokens_of(streams[group.place][i]) - tokens_of(seen["before"])
-                    goal.add(wanted, tokens_of(seen["inputs"]))
+                    inputs = tokens_of(seen["inputs"])
+                    if group.post:
+                        # N(y) = gain y / rms(y): what N should put out says which way y must point, in units of
+                        # its rms.
+                        scale = rms(tokens_of(seen["outputs"]))
+                        wanted, inputs = wanted / group.post.gain, inputs / scale
+                        weighted.add(inputs)
+                    goal.add(wanted, inputs)
                 elif pairs is not None:
                     wanted = group.norm(streams[group.source][i])
                     pairs.add(tokens_of(wanted), tokens_of(seen["inputs"]))
@@ -227,7 +237,7 @@ def _measure(
 
     grams = collect(block, group.targets, forward)
     if writer:
-        return grams, {writer.name: goal}
+        return ({writer.name: weighted} if group.post else grams), {writer.name: goal}
     if pairs is None:
         return grams, {}
     return grams, {

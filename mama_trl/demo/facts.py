@@ -10,7 +10,7 @@ import torch
 from ..evaluation.size import model_bytes
 from ..evaluation.tasks import generate
 from ..folders import write_atomically
-from ..indicators.trajectory import read_history, take_sample
+from ..indicators.history import read_history, take_sample
 from ..masks.files import FOLDER, STATE_FILE
 from ..masks.maskset import MaskSet
 from ..report.html import write_report

@@ -10,21 +10,17 @@ from torch.distributed.tensor import DTensor
 from torch.distributed.tensor import Shard as DimensionShard
 
 from ..errors import MamaError
-from . import ranks
 from .fsdp2 import TensorShard
 from .shard import Shard
 from .zero import FragmentShard, PartitionShard, zero_stage
 
+# Asked in this order whether a parameter is theirs; the last one takes any.
+VIEWS: list[type[Shard]] = [PartitionShard, TensorShard, FragmentShard, Shard]
+
 
 def shard_of(name: str, parameter: nn.Parameter) -> Shard:
     """The view of one parameter, recognised by what its engine has left on it."""
-    if hasattr(parameter, "ds_id"):
-        return PartitionShard(name, parameter)
-    if isinstance(parameter, DTensor):
-        return TensorShard(name, parameter)
-    if hasattr(parameter, "_hp_mapping"):
-        return FragmentShard(name, parameter)
-    return Shard(name, parameter)
+    return next(view for view in VIEWS if view.recognises(parameter))(name, parameter)
 
 
 def shards_of(parameters: Iterable[tuple[str, nn.Parameter]]) -> list[Shard]:
@@ -42,19 +38,7 @@ def engine_of(model: nn.Module) -> str:
     Raises `MamaError` for an engine without a view.
     """
     _refuse_unsupported(model)
-    parameter = next(iter(model.parameters()))
-    if hasattr(parameter, "ds_id"):
-        return "zero3"
-    if isinstance(parameter, DTensor):
-        return "fsdp2"
-    if hasattr(parameter, "_hp_mapping"):
-        return "zero2" if zero_stage() == 2 else "zero1"
-    return "ddp" if ranks.everyone() is not None else "single"
-
-
-def keeps_frozen_masters(engine: str) -> bool:
-    """Whether masks reach the weights of a frozen parameter, which an optimizer knows nothing of."""
-    return engine in ("single", "ddp")
+    return shard_of("", next(iter(model.parameters()))).engine()
 
 
 def _refuse_unsupported(model: nn.Module) -> None:

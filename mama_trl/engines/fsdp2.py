@@ -3,7 +3,6 @@
 from typing import Optional
 
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
@@ -15,6 +14,15 @@ class TensorShard(Shard):
     """FSDP2: a DTensor split along its first dimension over one mesh dimension."""
 
     gathered = False
+    reaches_frozen = False
+
+    @staticmethod
+    def recognises(parameter: nn.Parameter) -> bool:
+        return isinstance(parameter, DTensor)
+
+    @staticmethod
+    def engine() -> str:
+        return "fsdp2"
 
     @property
     def _extent(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
@@ -46,8 +54,3 @@ class TensorShard(Shard):
         inner = getattr(optimizer, "optimizer", optimizer)
         state = inner.state.get(self.parameter, {}).get(key)
         return None if state is None else state.to_local().view(-1) if isinstance(state, DTensor) else state.view(-1)
-
-
-def plain_class(model: nn.Module) -> type[nn.Module]:
-    """The model's class without what `fully_shard` has mixed into it."""
-    return next(cls for cls in type(model).__mro__ if not issubclass(cls, FSDPModule))

@@ -32,6 +32,17 @@ class Shard:
     name: str
     parameter: nn.Parameter
     gathered = True  # whether the working weights are whole on this rank, so that a module runs without the others
+    reaches_frozen = True  # whether masks reach a frozen parameter, which an optimizer knows nothing of
+
+    @staticmethod
+    def recognises(parameter: nn.Parameter) -> bool:
+        """Whether this view is the parameter's, by what its engine has left on it."""
+        return True
+
+    @staticmethod
+    def engine() -> str:
+        """The engine's name, once `recognises` has said yes."""
+        return "ddp" if ranks.everyone() is not None else "single"
 
     @property
     def shape(self) -> tuple[int, ...]:

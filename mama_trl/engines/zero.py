@@ -13,6 +13,16 @@ from .shard import Shard
 class FragmentShard(Shard):
     """ZeRO-1 and ZeRO-2: this rank's fragment of the flat fp32 group; every rank has the whole 16-bit parameter."""
 
+    reaches_frozen = False
+
+    @staticmethod
+    def recognises(parameter: nn.Parameter) -> bool:
+        return hasattr(parameter, "_hp_mapping")
+
+    @staticmethod
+    def engine() -> str:
+        return "zero2" if zero_stage() == 2 else "zero1"
+
     @property
     def _mapping(self):
         return self.parameter._hp_mapping  # None where this rank owns nothing
@@ -74,6 +84,15 @@ class PartitionShard(Shard):
     partition stands for it."""
 
     gathered = False
+    reaches_frozen = False
+
+    @staticmethod
+    def recognises(parameter: nn.Parameter) -> bool:
+        return hasattr(parameter, "ds_id")
+
+    @staticmethod
+    def engine() -> str:
+        return "zero3"
 
     @property
     def _engine(self):
@@ -197,14 +216,6 @@ def hold_still(optimizer) -> Callable[[], None]:
         stepping.step = step
 
     return release
-
-
-def release_gathered(model: nn.Module) -> None:
-    """Under ZeRO-3: ends prefetches and frees gathered parameters, so that nobody reads what is about to change."""
-    for parameter in model.parameters():
-        if hasattr(parameter, "_z3_optimizer"):
-            parameter._z3_optimizer.parameter_offload.get_param_coordinator().release_and_reset_all(model)
-            break
 
 
 def zero_stage() -> Optional[int]:

@@ -80,15 +80,11 @@ def check_file_name(source: str) -> None:
 
 def calibration_rows(tokenizer, source: str, length: int, tokens: int, seed: int):
     """int64 (n, length) drawn with `seed` from the text in `source`, about `tokens` tokens in all."""
-    from .text import blocks, read_text
-
     check_file_name(source)
     return blocks(tokenizer, read_text(source), length, limit=max(1, tokens // length), seed=seed)
 
 
 def heldout_text(source: str) -> str:
     """Text to measure on: a file, or the test split of a dataset. Raises `MamaError`."""
-    from .text import read_text
-
     check_file_name(source)
     return read_text(source, split="test")

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from ..engines import ranks
 from ..selection.everywhere import exact_mean
+from .formulas import COMPUTED, Inputs
 
 LEAST = 1e-6  # of a score's mean: what a relative score counts as least, so that no quotient explodes
 
@@ -16,8 +17,9 @@ LEAST = 1e-6  # of a score's mean: what a relative score counts as least, so tha
 class Criterion:
     """By what a connection is judged: Π s_i^(share_i) over the indicators s_i, the shares of `weights` summing to 1.
 
-    Magnitude |w| and activation |w| ‖x‖ follow from the weights and the inputs at hand; other indicators come from a
-    source (source.py). In the score, |w| has the exponent of the shares of both, and ‖x‖ that of activation's alone.
+    Some follow from the weight and the inputs at hand (`COMPUTED` of formulas.py); the others come from a source
+    (source.py). In the score, |w| has the exponent of the shares of magnitude and activation together, ‖x‖ that of
+    activation's alone.
 
     Args:
         weights: weight of each indicator by name, all positive.
@@ -28,7 +30,7 @@ class Criterion:
     @property
     def sourced(self) -> list[str]:
         """The indicators that a source must give."""
-        return [name for name in self.weights if name not in ("magnitude", "activation")]
+        return [name for name in self.weights if name not in COMPUTED]
 
     @property
     def shares(self) -> dict[str, float]:
@@ -40,41 +42,44 @@ class Criterion:
         """The exponent of ‖x‖ in the score."""
         return self.shares.get("activation", 0.0)
 
-    def score(self, weight: Tensor, norm: Optional[Tensor], found: dict[str, Tensor]) -> Tensor:
+    def score(self, weight: Tensor, inputs: Inputs, found: dict[str, Tensor]) -> Tensor:
         """The score of each connection of a whole matrix, (out, in) fp32.
 
         Args:
             weight: (out, in).
-            norm: ‖x_j‖ (in,); only activation reads it.
+            inputs: of the layer; only indicators that read them look at it.
             found: (out, in) by name of each of `sourced`.
         """
-        scores = dict(found)
-        if "magnitude" in self.weights:
-            scores["magnitude"] = weight.float().abs()
-        if "activation" in self.weights:
-            scores["activation"] = weight.float().abs() * norm
-        return combine(scores, self.weights)
+        return combine({name: self._indicator(name, weight, inputs, found) for name in self.weights}, self.weights)
 
-    def multiplier(self, weight: Tensor, norm: Tensor, found: dict[str, Tensor]) -> Optional[Tensor]:
+    def multiplier(self, weight: Tensor, inputs: Inputs, found: dict[str, Tensor]) -> Optional[Tensor]:
         """What multiplies |w'| ‖x‖ of a weight w' that a solver still moves, so that it is judged by this criterion.
 
-        ‖x‖^(input_exponent − 1) Π (s_i / |w|)^(share_i) over the sourced indicators, each s_i and |w| relative to its
-        mean. Not the score itself: that belongs to the dense weight, and a solver judges what it has made of it.
+        ‖x‖^(input_exponent − 1) Π (s_i / |w|)^(share_i) over the indicators s_i beyond magnitude and activation, each
+        s_i and |w| relative to its mean. Not the score itself: that belongs to the dense weight, and a solver judges
+        what it has made of it.
 
         Returns:
             (out, in) fp32, or None for activation alone, where nothing needs to be multiplied.
         """
         result: Optional[Tensor] = None
         if self.input_exponent != 1.0:
+            norm = inputs.norm
             least = norm.clamp_min(1e-12 * norm.max().clamp_min(1e-30))
             result = least.pow(self.input_exponent - 1.0).expand(weight.shape)
-        if self.sourced:
+        others = [name for name in self.weights if name not in ("magnitude", "activation")]
+        if others:
             size = _relative(weight.float().abs())
             quotients = torch.ones_like(size)
-            for name in self.sourced:
-                quotients *= (_relative(found[name].float().clamp_min(0)) / size).pow(self.shares[name])
+            for name in others:
+                own = self._indicator(name, weight, inputs, found).float().clamp_min(0)
+                quotients *= (_relative(own) / size).pow(self.shares[name])
             result = quotients if result is None else result * quotients
         return result
+
+    @staticmethod
+    def _indicator(name: str, weight: Tensor, inputs: Inputs, found: dict[str, Tensor]) -> Tensor:
+        return COMPUTED[name](weight, inputs) if name in COMPUTED else found[name]
 
 
 def _relative(values: Tensor) -> Tensor:
@@ -86,9 +91,9 @@ def combine(
 ) -> Tensor:
     """Weighted geometric mean Π s_i^(w_i / Σ w) of scores of any shape, fp32: free of each score's scale.
 
-    A negative score (movement towards zero) counts as zero. Each score is divided by its mean over the whole matrix,
-    which only keeps powers of numbers near 1e-12 from underflowing, and is the same to the last bit on any number of
-    ranks.
+    One score alone is given as it is. Among several a negative one (movement towards zero) counts as zero, and each is
+    divided by its mean over the whole matrix, which only keeps powers of numbers near 1e-12 from underflowing, and is
+    the same to the last bit on any number of ranks.
 
     Args:
         numel: connections of the whole matrix, where `scores` are what this rank of `group` owns of it.
@@ -96,12 +101,12 @@ def combine(
     Raises:
         KeyError: a score is missing.
     """
+    if len(weights) == 1:
+        return scores[next(iter(weights))].float()
     total = sum(weights.values())
-    positive = {name: scores[name].float().clamp_min(0) for name in weights}
-    if len(positive) == 1:
-        return next(iter(positive.values()))
     result: Optional[Tensor] = None
-    for name, score in positive.items():
+    for name in weights:
+        score = scores[name].float().clamp_min(0)
         mean = exact_mean(score, score.numel() if numel is None else numel, group)
         factor = (score / max(mean, 1e-38)).pow(weights[name] / total)
         result = factor if result is None else result * factor

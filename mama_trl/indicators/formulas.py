@@ -1,9 +1,24 @@
 """Indicators: one number per connection, higher = more important. Pure functions of tensors of any shape.
 
-`weight` is (out, in) unless said otherwise; results are fp32 and non-negative but for `movement`.
+`weight` is (out, in) unless said otherwise; results are fp32 and non-negative. The rules of what is recorded while
+training are trajectory.py's.
 """
 
+from typing import Callable, Protocol
+
 from torch import Tensor
+
+
+class Inputs(Protocol):
+    """Statistics of a layer's inputs (a `Gram`): `gram` (in, in), `norm` (in,) and `mean` (in,)."""
+
+    gram: Tensor
+
+    @property
+    def norm(self) -> Tensor: ...
+
+    @property
+    def mean(self) -> Tensor: ...
 
 
 def magnitude(weight: Tensor) -> Tensor:
@@ -21,11 +36,13 @@ def sensitivity(weight: Tensor, gradient: Tensor) -> Tensor:
     return (weight.float() * gradient.float()).abs()
 
 
-def movement(weight: Tensor, gradient: Tensor) -> Tensor:
-    """−w g: positive when training pushes the weight away from zero (arXiv 2005.07683, eq. 4)."""
-    return -(weight.float() * gradient.float())
-
-
 def curvature(weight: Tensor, second_moment: Tensor) -> Tensor:
     """w² √v with Adam's second moment v: an estimate of w² h/2 that costs no memory."""
     return weight.float().square() * second_moment.float().sqrt()
+
+
+# Indicators that follow from the weight and the inputs at hand; all others come from a source (source.py).
+COMPUTED: dict[str, Callable[[Tensor, Inputs], Tensor]] = {
+    "magnitude": lambda weight, inputs: magnitude(weight),
+    "activation": lambda weight, inputs: activation(weight, inputs.norm),
+}

@@ -7,7 +7,7 @@ a host synchronisation.
 """
 
 from pathlib import Path
-from typing import Optional
+from typing import Callable, Optional
 
 import torch
 from torch import Tensor
@@ -16,24 +16,30 @@ from ..engines import ranks
 from ..engines.shard import Shard, fused_groups, group_of
 from ..errors import MamaError
 from ..masks.files import FOLDER, RangeReader, write_ranges
-from ..masks.maskset import MaskSet
 
 STEM = "statistics"
 # Increments below 1/64 of a bf16 value would mostly be rounded away, so the mean forgets beyond 64 steps.
 WINDOW = 64
-SAMPLES = 2048  # connections whose values are written down for the report's trajectory plot
 DTYPE = torch.bfloat16  # of the statistics; fp32 compares engines more finely, at twice the memory
 _HUGE = 3e38
+# What of one step's products w g / ‖g‖ the running mean of each statistic is of; in place. The sensitivity is |w g|
+# (Molchanov et al., arXiv 1906.10771), movement −w g, positive when training pushes the weight away from zero (arXiv
+# 2005.07683, eq. 4), and the reward's mean square (w g)² of the GRPO loss, whose root is the indicator.
+RULES: dict[str, Callable[[Tensor], Tensor]] = {
+    "sensitivity": Tensor.abs_,
+    "movement": Tensor.neg_,
+    "reward": Tensor.square_,
+}
 
 
 class Trajectory:
-    """Statistics of every shard: `sensitivity` E|w g|, `movement` −Σ ρ w g, `reward` E (w g)².
+    """Running means over steps of every shard's statistics: see `RULES`.
 
     `values[statistic][name]` is bf16, in the parameter's shape, or (owned,) where ranks share the parameter.
 
     Args:
         shards: weights and biases to follow.
-        statistics: names out of the three above. `reward` is the mean square; its root is the indicator.
+        statistics: names out of `RULES`.
     """
 
     def __init__(self, shards: list[Shard], statistics: list[str]):
@@ -104,12 +110,7 @@ class Trajectory:
         for number, name in enumerate(names):
             # The last statistic may use the products up.
             new = buffer if number == len(names) - 1 else buffer.clone()
-            if name == "sensitivity":
-                new.abs_()
-            elif name == "reward":
-                new.mul_(new)
-            else:
-                new.neg_()
+            RULES[name](new)
             if first.device.type != "cpu":
                 # NaN and infinity become numbers that the rate 0 of a bad step cancels; 0 times NaN would be NaN.
                 torch.fmin(new, torch.full_like(new[:1], _HUGE), out=new)
@@ -133,39 +134,12 @@ class Trajectory:
         values = {key: tensor.float() for key, tensor in self.values[name].items()}
         return {key: tensor.sqrt() for key, tensor in values.items()} if name == "reward" else values
 
-    def histogram(self, name: str, masks: MaskSet, bins: int = 48) -> dict:
-        """Bin counts of log10 of an indicator, relative to its mean, apart for kept and pruned connections.
-
-        Taken at a mask update, since a pruned connection's attribution is zero ever after. Collective.
-        """
-        values = {key: value for key, value in self.importance(name).items() if key in masks.names}
-        sums = torch.stack([value.double().sum() for value in values.values()]).sum()
-        size = sum(torch.Size(masks.shapes[key]).numel() for key in values)
-        mean = (ranks.total(sums, self.group) / size).clamp_min(1e-38).float()
-        edges = torch.linspace(-3, 2, bins + 1)
-        counts = {"kept": torch.zeros(bins), "pruned": torch.zeros(bins)}
-        for key, value in values.items():
-            logs = (value / mean).clamp_min(1e-6).log10().clamp(-3, 2).cpu()
-            mask = masks.mask(key).cpu()
-            counts["kept"] += torch.histogram(logs[mask], edges).hist
-            counts["pruned"] += torch.histogram(logs[~mask], edges).hist
-        whole = {key: ranks.total(value.to(mean.device), self.group) for key, value in counts.items()}
-        return {"edges_log10": edges.tolist(), **{key: value.long().tolist() for key, value in whole.items()}}
-
     def recorded(self, name: str) -> bool:
         return name in self.values and bool(self.counts[name] > 0)
 
     def flat(self, statistic: str, name: str) -> Tensor:
         """The raw statistic of what this rank owns of parameter `name`, bf16 (owned,)."""
         return self._flat[statistic][name]
-
-    @torch.no_grad()
-    def sample(self, step: int, stage: str, names: list[str]) -> None:
-        """Writes down the values of a fixed random sample of connections, for the report. Collective."""
-        shards = {shard.name: shard for shard in self.shards}
-        chosen = [shards[name] for name in names]
-        values = sample_owned([s.numel for s in chosen], [(s.start, s.master) for s in chosen])
-        self.history.append({"step": step, "stage": stage, "values": ranks.total(values, self.group).tolist()})
 
     def save(self, folder: str | Path) -> Path:
         """Writes `folder/mama/statistics.safetensors`, or this rank's part of it, atomically; returns its path."""
@@ -206,35 +180,3 @@ class Trajectory:
         if resume:
             self.skipped.fill_(header["skipped"])
         return True
-
-
-def read_history(folder: str | Path) -> list[dict]:
-    """The sampled values that a run wrote down: dictionaries with `step`, `stage` and `values`."""
-    reader = RangeReader.find(folder, STEM)
-    return reader.header["history"] if reader is not None else []
-
-
-def sample_owned(sizes: list[int], parts: list[tuple[int, Tensor]], seed: int = 0) -> Tensor:
-    """The same `SAMPLES` random positions of the concatenation of 1-D tensors, fp32; 0 where this rank owns nothing.
-
-    Args:
-        sizes: elements of each whole tensor.
-        parts: (start, owned values) of each.
-    """
-    total = sum(sizes)
-    positions = torch.randint(total, (min(SAMPLES, total),), generator=torch.Generator().manual_seed(seed))
-    positions = positions.sort().values
-    result = torch.zeros(len(positions), device=parts[0][1].device)
-    offset = 0
-    for size, (start, values) in zip(sizes, parts):
-        inside = (positions >= offset + start) & (positions < offset + start + values.numel())
-        where = inside.nonzero().squeeze(1).to(result.device)
-        result[where] = values[(positions[inside] - offset - start).to(values.device)].float().to(result.device)
-        offset += size
-    return result
-
-
-def take_sample(flats: list[Tensor], seed: int = 0) -> Tensor:
-    """The same `SAMPLES` random positions of the concatenation of whole 1-D tensors, on the CPU, in their dtype."""
-    sample = sample_owned([flat.numel() for flat in flats], [(0, flat) for flat in flats], seed)
-    return sample.cpu().to(flats[0].dtype)

@@ -135,10 +135,13 @@ def update_masks(update: Update, sparsity: float) -> MaskSet:
 
 
 def select(update: Update, sparsity: float, shares: dict[str, float]) -> MaskSet:
-    """Masks from scores alone, without calibration: nothing larger than a rank's own part is ever held."""
+    """Masks from scores alone, without calibration: nothing larger than a rank's own part is ever held.
+
+    Ties go by position in the parameter, which for GPT-2's Conv1D is not the order of (out, in) that `prune` has.
+    """
     config, owned, group = update.config, update.owned, update.group
     if config.scope == "global":
-        parts = [_scores(update, shard) for shard in owned]
+        parts = [_scores(update, shard).clamp_min_(0) for shard in owned]  # as shares of a whole they have no sign
         packed = global_packed_masks(parts, [shard.numel for shard in owned], sparsity, group=group)
     else:
         packed = []

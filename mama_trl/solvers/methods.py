@@ -11,7 +11,7 @@ from ..selection.patterns import matrix_mask
 from . import alps, magnitude, sparsegpt, wanda
 from .mama import mama
 from .problem import LayerProblem, Solution
-from .redistribution import bias_shift, mean
+from .redistribution import MOVES
 
 NEEDS = ("nothing", "norm", "gram", "gram and goal")
 
@@ -67,13 +67,11 @@ def solve_mama(problem: LayerProblem, exchanges: bool = True, goals: bool = True
     weight, bias, inputs = problem.weight, problem.bias, problem.inputs
     goal = problem.goal if goals else None
     if problem.redistribution != "least_squares":
-        score = problem.criterion.score(weight, inputs.norm, problem.scores)
+        score = problem.criterion.score(weight, inputs, problem.scores)
         mask = matrix_mask(score, problem.sparsity, problem.nm, problem.by_row)
-        new = mean(weight, mask) if problem.redistribution == "mean" else weight * mask
-        if problem.redistribution == "bias" and bias is not None:
-            return Solution(new, mask, bias + bias_shift(weight, new, inputs.mean))
-        return Solution(new, mask)
-    importance = problem.criterion.multiplier(weight, inputs.norm, problem.scores)
+        new, shift = MOVES[problem.redistribution](weight, mask, inputs)
+        return Solution(new, mask, None if bias is None or shift is None else bias + shift)
+    importance = problem.criterion.multiplier(weight, inputs, problem.scores)
     how = {"exchanges": exchanges, "by_row": problem.by_row}
     cross = None if goal is None else goal.cross
     if bias is None:

@@ -4,8 +4,12 @@ The best kept weights solve min over W' supported on the mask of ‖X (W − W')
 all that is needed.
 """
 
+from typing import Callable, Optional
+
 import torch
 from torch import Tensor
+
+from ..indicators.formulas import Inputs
 
 
 def unit_diagonal(gram: Tensor, damping: float = 1e-4) -> tuple[Tensor, Tensor]:
@@ -109,3 +113,12 @@ def layer_error(weight: Tensor, kept: Tensor, gram: Tensor) -> Tensor:
     """‖X (W − W')ᵀ‖² per row, (out,)."""
     difference = weight - kept
     return ((difference @ gram) * difference).sum(1)
+
+
+# Where pruned values go once a mask is chosen: (weight, mask, inputs) to (kept weight, what the bias gains or None).
+# `least_squares` is not among them: mama.py finds mask and values together.
+MOVES: dict[str, Callable[[Tensor, Tensor, Inputs], tuple[Tensor, Optional[Tensor]]]] = {
+    "none": lambda weight, mask, inputs: (weight * mask, None),
+    "mean": lambda weight, mask, inputs: (mean(weight, mask), None),
+    "bias": lambda weight, mask, inputs: (weight * mask, bias_shift(weight, weight * mask, inputs.mean)),
+}

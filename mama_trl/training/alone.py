@@ -18,11 +18,3 @@ def refuse_second(state, event: str) -> None:
     if mark in vars(state):
         raise MamaError(SENTENCE)
     vars(state)[mark] = True
-
-
-def refuse_second_in(callbacks: list) -> None:
-    """Raises `MamaError` if a list of callbacks has more than one `MamaCallback`."""
-    from .callback import MamaCallback
-
-    if sum(isinstance(each, MamaCallback) or each is MamaCallback for each in callbacks) > 1:
-        raise MamaError(SENTENCE)

@@ -17,7 +17,7 @@ from datasets import Dataset
 from torch import nn
 
 from ..config import MamaConfig
-from ..engines.fsdp2 import plain_class
+from ..engines.gather import plain_class
 from ..engines.shard import full_shape
 
 _FREE = {

@@ -5,7 +5,8 @@ from pathlib import Path
 from transformers import DefaultFlowCallback
 
 from ..engines import ranks
-from .alone import refuse_second_in
+from ..errors import MamaError
+from .alone import SENTENCE
 from .callback import MamaCallback
 from .card import add_to_card
 from .checkpoints import checkpoints, choose
@@ -58,6 +59,12 @@ def connect(trainer) -> None:
             add_to_card(Path(trainer.args.output_dir) / "README.md", ours.card())
 
     trainer.create_model_card = create_model_card
+
+
+def refuse_second_in(callbacks: list) -> None:
+    """Raises `MamaError` if a list of callbacks has more than one `MamaCallback`."""
+    if sum(isinstance(each, MamaCallback) or each is MamaCallback for each in callbacks) > 1:
+        raise MamaError(SENTENCE)
 
 
 def _place(callback) -> int:

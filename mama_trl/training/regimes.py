@@ -11,6 +11,7 @@ from torch import Tensor
 from ..config import MamaConfig
 from ..engines import ranks
 from ..errors import MamaError
+from ..indicators.history import histogram
 from ..pruning.prune import check_redistribution
 from ..pruning.update import Update, check_moments, update_masks
 from .schedule import Schedule
@@ -128,7 +129,7 @@ class HardMasks(Regime):
             )
             run.masks = update_masks(update, sparsity)
             if run.trajectory.recorded("reward"):
-                run.attribution = run.trajectory.histogram("reward", run.masks)
+                run.attribution = histogram(run.trajectory, "reward", run.masks)
         run.mask_step = step
         return True
 

@@ -8,10 +8,11 @@ from torch import Tensor, nn
 from ..config import MamaConfig, parse_pattern
 from ..engines import ranks
 from ..engines.counts import first_not_finite, zeros_of
-from ..engines.detect import engine_of, keeps_frozen_masters, shards_of, unwrap
+from ..engines.detect import engine_of, shard_of, shards_of, unwrap
 from ..engines.shard import Shard
 from ..errors import MamaError
 from ..folders import write_atomically
+from ..indicators.history import sample
 from ..indicators.trajectory import STEM as STATISTICS
 from ..indicators.trajectory import Trajectory
 from ..masks.files import FOLDER, STATE_FILE, STEMS, RangeReader, files_of, write_ranges
@@ -107,7 +108,7 @@ class RunState:
 
     def sample(self, step: int) -> None:
         """Writes down the sampled connections of the trajectory's history."""
-        self.trajectory.sample(step, self.stage, [target.name for target in self.targets])
+        sample(self.trajectory, step, self.stage, [target.name for target in self.targets])
 
     # ------------------------------------------------------------------ files
 
@@ -233,8 +234,8 @@ def _followed(targets: list[Target]) -> list[tuple[str, nn.Parameter]]:
 
 
 def _check_trainable(targets: list[Target], engine: str) -> None:
-    for target in [] if keeps_frozen_masters(engine) else targets:
-        if not target.parameter.requires_grad:
+    for target in targets:
+        if not target.parameter.requires_grad and not shard_of(target.name, target.parameter).reaches_frozen:
             raise MamaError(
                 f"{target.name} is frozen, and {engine} keeps no optimizer copy of it that masks could be applied to: "
                 "put it into `exclude_modules`, or let it train."

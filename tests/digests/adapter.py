@@ -36,7 +36,7 @@ from mama_trl.indicators.combine import combine as combined
 from mama_trl.indicators.combine import weights_and_biases
 from mama_trl.indicators.recorded import recorded
 from mama_trl.indicators.source import StoredScores
-from mama_trl.indicators.trajectory import Trajectory
+from mama_trl.indicators.trajectory import RULES, Trajectory
 from mama_trl.masks.bits import unpack_bits
 from mama_trl.model.targets import find_targets
 from mama_trl.pruning.resume import KeptProgress, Unfinished
@@ -304,7 +304,7 @@ def formulas(weight: Tensor, gradient: Tensor, moment: Tensor, norm: Tensor, bia
     """Every indicator's formula."""
     return {
         "magnitude": indicators.magnitude(weight), "activation": indicators.activation(weight, norm),
-        "sensitivity": indicators.sensitivity(weight, gradient), "movement": indicators.movement(weight, gradient),
+        "sensitivity": indicators.sensitivity(weight, gradient), "movement": RULES["movement"](weight * gradient),
         "curvature": indicators.curvature(weight, moment), "with biases": weights_and_biases(weight, bias),
     }
 

@@ -15,6 +15,8 @@ CHANGED: dict[str, str] = {
         )
     },
     f"train llama {_OWN.format('activation+sensitivity=0.5', 'none')}": _ONE_SCORE,
+    f"train llama {_OWN.format('movement', 'none')}":
+        "movement alone keeps its sign: connections that move towards zero tied at nothing, and position decided",
     "grpo llama indicators=activation+reward=0.5 budget=uniform": _ONE_SCORE,
     "grpo llama indicators=reward": _ONE_SCORE,
     "oneshot llama mama sparsity=0.6 indicators=movement+curvature=2+activation redistribution=none":

@@ -7,8 +7,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from trl import SFTTrainer
-from trl.models import prepare_deepspeed
 
+from ...engines.frozen import prepared
 from ...errors import MamaError
 from ..callback import MamaCallback
 from ..integrations import PruningCard
@@ -60,10 +60,7 @@ class MamaDistillationTrainer(PruningCard, SFTTrainer):
         super().__init__(model, args=args, **kwargs)
         self.add_callback(self.mama)
         teacher_model.requires_grad_(False).eval()
-        if self.is_deepspeed_enabled:
-            self.teacher_model = prepare_deepspeed(teacher_model, self.accelerator)
-        else:
-            self.teacher_model = self.accelerator.prepare_model(teacher_model, evaluation_mode=True)
+        self.teacher_model = prepared(teacher_model, self)
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         mode = "train" if model.training else "eval"
