@@ -198,7 +198,7 @@ def test_frozen_parameters(engine, tmp_path):
 
 
 def test_two_ranks_checkpoint_is_read_by_one(tmp_path):
-    config = {"mask_schedule": "oneshot", "mask_start": 2}
+    config = {"mask_schedule": "oneshot", "mask_start": 2, "mask_end": None, "mask_interval": None}
     two = launch.run(tmp_path, "ddp", 2, config=config, args={**SAVING, "max_steps": 4})
     (one,) = launch.run(
         tmp_path, "single", 1, config=config, args={**SAVING, "max_steps": 6}, resume=str(tmp_path / "checkpoint-4")
