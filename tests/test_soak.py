@@ -143,7 +143,7 @@ class World:
         common = dict(
             COMMON, output_dir=str(output), per_device_train_batch_size=4, gradient_accumulation_steps=accumulation,
             num_train_epochs=1, save_strategy="steps", save_steps=2, learning_rate=1e-3, logging_steps=case.logging,
-            save_total_limit=3,
+            save_total_limit=3, lr_scheduler_type="constant",
         )
         items = 4 * STEPS * case.accumulation
         texts = [f"{p}{a}\n" * 6 for p, a in arithmetic.sums(10, 40).train][:items]

@@ -45,14 +45,15 @@ def test_a_finished_run_is_left_as_it_is(trained):
 
 def test_a_damaged_checkpoint_is_refused_on_every_rank(trained):
     engine, folder, _ = trained
-    damaged = folder / "run" / "checkpoint-99"
-    shutil.copytree(folder / "run" / "checkpoint-2", damaged)
+    damaged = folder / "run" / "checkpoint-2"
+    shutil.copytree(damaged, folder / "keep")
     for path in (damaged / "mama").glob("masks*"):
         path.write_bytes(path.read_bytes()[:-3])
     results = launch.run(folder, engine, 2, module="state_worker", phase="train", save="never", resume=str(damaged))
     for result in results:
-        assert "is not" in result["error"]
+        assert "checkpoint-2 is not whole" in result["error"] and "resume from checkpoint-4" in result["error"]
     shutil.rmtree(damaged)
+    shutil.move(folder / "keep", damaged)
 
 
 @pytest.mark.parametrize("masks", [True, False])
