@@ -14,8 +14,6 @@ import json
 import math
 import os
 import tempfile
-from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from statistics import mean, stdev
 
@@ -36,7 +34,6 @@ from mama_trl.indicators.recorded import recorded
 from mama_trl.indicators.source import StoredScores
 from mama_trl.model.targets import find_targets
 from mama_trl.pruning.prune import prune
-from mama_trl.solvers.methods import METHODS, solve_mama
 from mama_trl.training.grpo.trainer import MamaGRPOTrainer
 
 LEVELS = (0.5, 0.7, 0.8)
@@ -65,12 +62,10 @@ def ways(scores: dict, sparsity: float) -> list[tuple[str, str, dict]]:
     """(how, indicator, options of `prune`)."""
     found = []
     fixed = StoredScores({"reward": scores["weights and biases"]})  # it takes the reward's place, in all else alike
-    without_exchanges = replace(METHODS["mama"], solve=partial(solve_mama, exchanges=False))
     for indicator in INDICATORS:
         options = {
             "indicators": ["reward" if indicator == "weights and biases" else indicator], "budget": "uniform",
             "scores": fixed if indicator == "weights and biases" else StoredScores(scores),
-            "method": without_exchanges,
         }
         found.append(("dropped", indicator, {**options, "redistribution": "none"}))
         found.append(("redistributed", indicator, options))

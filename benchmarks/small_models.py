@@ -3,8 +3,8 @@
     python -m benchmarks.small_models --output runs/models [--kind gemma3 olmo2 ...]
 
 Each is left in OUTPUT/KIND and made once; a killed run goes on. gemma3 and olmo2 have norms behind attention and MLP,
-gpt_neox runs both side by side, mixtral routes tokens to experts. They stand beside the trained checkpoints of others in
-benchmarks/oneshot.py, which names them by `--model`.
+gpt_neox runs both side by side, mixtral routes tokens to experts. They stand beside the trained checkpoints of others
+in benchmarks/oneshot.py, which names them by `--model`.
 """
 
 import argparse

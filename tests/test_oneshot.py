@@ -17,12 +17,11 @@ from mama_trl.selection.allocation import allocate
 from mama_trl.selection.patterns import row_mask
 from mama_trl.selection.threshold import kept_count
 from mama_trl.solvers.alps import alps, next_penalty
-from mama_trl.solvers.exchange import exchange, objective
 from mama_trl.solvers.magnitude import magnitude
 from mama_trl.solvers.mama import mama
 from mama_trl.solvers.methods import METHODS
 from mama_trl.solvers.problem import Goal, Gram
-from mama_trl.solvers.redistribution import bias_shift, layer_error, least_squares, mean, unit_diagonal
+from mama_trl.solvers.redistribution import bias_shift, layer_error, least_squares, mean
 from mama_trl.solvers.sparsegpt import BLOCK, sparsegpt
 from mama_trl.solvers.wanda import wanda
 
@@ -179,36 +178,6 @@ def test_alps_is_better_than_sparsegpt():
     for sparsity, group in ((0.5, None), (0.8, None), (0.5, (2, 4))):
         ours = layer_error(weight, alps(weight, gram, sparsity, group)[0], gram).sum()
         assert ours < layer_error(weight, sparsegpt(weight, gram, sparsity, group)[0], gram).sum()
-
-
-def test_exchange_finds_the_better_support_by_hand():
-    """One output, three inputs, the first two nearly alike: keeping both is a waste."""
-    matrix = torch.tensor([[1.0, 0.95, 0.0], [0.95, 1.0, 0.0], [0.0, 0.0, 1.0]])
-    goal = torch.tensor([[1.0, 1.0, 1.0]]) @ matrix
-    mask = torch.tensor([[True, True, False]])
-    values, better = exchange(matrix, goal, torch.tensor([[1.0, 1.0, 0.0]]), mask)
-    # 1, 1 against a residual of 1: no strict gain in the scores, so nothing is exchanged ...
-    assert objective(matrix, goal, values).sum() <= objective(matrix, goal, torch.tensor([[1.0, 1.0, 0.0]])).sum()
-    goal = torch.tensor([[0.6, 0.6, 1.0]]) @ matrix
-    values, better = exchange(matrix, goal, torch.tensor([[0.6, 0.6, 0.0]]), mask)
-    assert int(better.sum()) == 2 and bool(better[0, 2])  # ... but a larger residual comes in
-    kept = int(better[0, :2].nonzero())
-    assert values[0, kept].item() == pytest.approx(0.6 * 1.95, abs=1e-3)
-    assert values[0, 2].item() == pytest.approx(1.0, abs=1e-3)
-
-
-def test_exchange_never_raises_the_error_and_keeps_the_pattern():
-    weight, samples = layer(outputs=20, inputs=32)
-    gram, scale = unit_diagonal(samples.T @ samples, 1e-3)
-    goal = weight * scale @ gram
-    for group in (None, (2, 4)):
-        mask = magnitude(weight, 0.5, group)[1]
-        values = least_squares(weight, samples.T @ samples, mask) * scale
-        new, better = exchange(gram, goal, values, mask, group)
-        assert int(better.sum()) == int(mask.sum()) and torch.all(new[~better] == 0)
-        assert objective(gram, goal, new).sum() < objective(gram, goal, values).sum()
-        if group:
-            assert torch.all(better.view(20, 8, 4).sum(-1) == 2)
 
 
 @pytest.mark.parametrize("sparsity", [0.0, 0.005, 0.01])

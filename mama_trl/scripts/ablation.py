@@ -32,14 +32,12 @@ def variants(setting, targets, rows, batch_size: int) -> list[tuple[str, str, di
     from ..solvers.methods import METHODS, solve_mama
 
     mama = METHODS["mama"]
-    without_exchanges = replace(mama, solve=partial(solve_mama, exchanges=False))
     left = recorded(setting.source, setting.model, targets)
     scores = {"sensitivity": sensitivities(setting.model, rows[::8], targets, batch_size)}
     scores |= {name: values for name, values in left.items() if name != "sensitivity"}
 
     def by(names, found=None) -> dict:
-        # Exchanges know nothing of indicators: without them everywhere, only the indicator differs.
-        return {"indicators": names, "scores": found or StoredScores(scores), "method": without_exchanges}
+        return {"indicators": names, "scores": found or StoredScores(scores)}
 
     every = ["magnitude", "activation", *scores]
     found = [("one indicator alone", name, by([name])) for name in every]
@@ -51,7 +49,6 @@ def variants(setting, targets, rows, batch_size: int) -> list[tuple[str, str, di
     ]
     found += [
         ("steps", "mama", {}),
-        ("steps", "without exchanges", {"method": without_exchanges}),
         ("steps", "own outputs as goals", {"method": replace(mama, solve=partial(solve_mama, goals=False))}),
         ("budget", "gradients", {}),
         ("budget", "uniform", {"budget": "uniform"}),

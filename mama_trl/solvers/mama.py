@@ -1,10 +1,14 @@
-"""MAMA's layer problem: mask and redistributed values found together, then exchanges and an exact refit.
+"""MAMA's layer problem: the mask and the values that replace what it prunes, found together.
 
-min over W' of ‖X W'ᵀ − Y‖² with a given number of non-zeros, on the unit-diagonal gram, in three steps:
+min over W' of ‖X W'ᵀ − Y‖² with a given number of non-zeros, by ADMM: one copy of the weights solves the quadratic, one
+is sparse, and a penalty that grows holds them together (as in ALPS, arXiv 2406.07831): soft at first, so that the mask
+follows what inputs can do for one another, stiff in the end, so that it settles. Then conjugate gradients on that mask.
+Three things are MAMA's own:
 
-1. ADMM with the mask chosen along a cubic ramp (after Boža, arXiv 2401.02938);
-2. exchanges of kept for pruned connections that lower the error (exchange.py);
-3. conjugate gradients on the support that came out.
+- Connections compete by what it costs to lose one while others make up for it (`stand_in`), not by |w| ‖x‖: an input
+  that no other can replace is kept longer.
+- Twenty over-relaxed iterations with five penalties, a factor for each, in place of hundreds.
+- Goals other than the dense weight's outputs, and a check at the end: no row is worse than dropping its connections.
 """
 
 import logging
@@ -15,15 +19,15 @@ from torch import Tensor
 
 from ..selection.patterns import matrix_mask
 from ..selection.threshold import kept_count
-from .exchange import exchange
-from .redistribution import conjugate_gradients, normal_equations, unit_diagonal
+from .redistribution import conjugate_gradients, normal_equations, safer_rows, unit_diagonal
 
 logger = logging.getLogger(__name__)
-ITERATIONS = 20
-RAMP = 15  # iterations over which the sparsity rises to its target
-REFIT = 15  # steps of conjugate gradients; the ADMM solution is a close start
-DAMPING = 1e-2  # while the mask is looked for
-REFIT_DAMPING = 1e-3
+PENALTIES = (0.1, 0.39, 0.68, 1.04, 1.5)  # steep at first: 15 times the first one at the end, by √(stage)
+PER_PENALTY = 4
+RELAXATION = 1.5
+REFIT = 3  # steps of conjugate gradients; the last, stiff iterations are a close start
+DAMPING = 1e-2  # of the unit diagonal, towards the dense weight
+FEWER = 0.08  # how fast inputs that can make up for a pruned one grow fewer with sparsity; see `stand_in`
 
 
 def mama(
@@ -32,9 +36,7 @@ def mama(
     sparsity: float,
     group: Optional[tuple[int, int]] = None,
     importance: Optional[Tensor] = None,
-    penalty: float = 1.0,
     cross: Optional[Tensor] = None,
-    exchanges: bool = True,
     by_row: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Mask and least-squares redistribution together.
@@ -44,52 +46,85 @@ def mama(
         gram: Xᵀ X, fp32 (in, in).
         sparsity: pruned share of the matrix, exact.
         group: (N, M) pattern or None.
-        importance: (out, in) > 0, multiplies the projection's score |w| ‖x‖; None = activation alone.
-        penalty: ADMM's ρ on the unit-diagonal gram.
+        importance: (out, in) > 0, multiplies the score |w| ‖x‖ by which connections compete; None = that score with
+            the inputs weighed by `stand_in`.
         cross: Yᵀ X, fp32 (out, in) of the wanted outputs; None = the outputs of `weight`.
-        exchanges: whether the mask may still be improved after ADMM; only where `importance` is None, since exchanges
-            know nothing but the layer's error.
         by_row: the same number kept in each output row, instead of where the matrix needs them.
 
     Returns:
-        (new weight (out, in), bool mask (out, in)).
+        (new weight (out, in), bool mask (out, in)). No row has a higher layer error than W on the same mask.
     """
-    scaled, scale = unit_diagonal(gram, DAMPING)
-    goal = normal_equations(weight, scaled, scale, DAMPING, cross)
-    inverse, penalty = _inverse(scaled, penalty)  # computed once and reused in every iteration
-    dense = weight * scale
-    current = dense if cross is None else (goal + penalty * dense) @ inverse
-    dual = torch.zeros_like(dense)
-    for iteration in range(1, ITERATIONS + 1):
-        ramp = 1.0 - (1.0 - min(iteration / RAMP, 1.0)) ** 3
-        wish = current + dual
+    matrix, scale = unit_diagonal(gram, DAMPING)
+    goal = normal_equations(weight, matrix, scale, DAMPING, cross)
+    if importance is None:
+        worth = stand_in(matrix, 1 - group[0] / group[1] if group else sparsity)
+        matrix.div_(worth).div_(worth.unsqueeze(1))
+        goal, scale = goal.div_(worth), scale * worth
+    sparse, mask = _search(matrix, goal, weight * scale, sparsity, group, importance, by_row, fresh=cross is not None)
+    sparse = conjugate_gradients(matrix, goal, mask, sparse, REFIT)
+    return safer_rows(weight, sparse / scale * mask, weight * mask, gram, cross), mask
+
+
+def stand_in(scaled: Tensor, sparsity: float) -> Tensor:
+    """How little of each input the others can stand in for, in (0, 1], as a factor on |w| ‖x‖.
+
+    Taking out one connection and refitting all others costs w² / (A⁻¹)_jj (optimal brain surgeon, SparseGPT), which
+    counts on others that are going to be pruned as well. A ridge on A takes such a share of their help away: of inputs
+    kept with probability 1 − s it grows like s / (1 − s).
+
+    Args:
+        scaled: gram of unit diagonal, (in, in).
+    """
+    ridge = FEWER * sparsity / (1 - sparsity)
+    inverse, taken = _inverse(scaled, ridge)
+    return (inverse.diagonal() * (scaled.diagonal() + taken)).clamp_min(1.0).rsqrt()
+
+
+def _search(
+    matrix: Tensor,
+    goal: Tensor,
+    dense: Tensor,
+    sparsity: float,
+    group: Optional[tuple[int, int]],
+    importance: Optional[Tensor],
+    by_row: bool,
+    fresh: bool,
+) -> tuple[Tensor, Tensor]:
+    """ADMM for W A = B (out, in) with the wanted number of non-zeros: (values near their best, bool mask).
+
+    `fresh` says that `dense` is not yet the solution without a mask, since other outputs than its own are wanted.
+    """
+    keep = kept_count(dense.numel(), sparsity)
+
+    def project(wish: Tensor, last: bool) -> Tensor:
         score = wish.abs() if importance is None else wish.abs() * importance
-        if iteration < ITERATIONS and group is None and not by_row:
-            mask = _roughly(score, kept_count(score.numel(), sparsity * ramp))
-        else:
-            mask = matrix_mask(score, sparsity * ramp, group, by_row)  # the ramp has ended by the last iteration
-        sparse = wish * mask
-        dual = wish - sparse
-        if iteration < ITERATIONS:
-            current = (goal + penalty * (sparse - dual)) @ inverse
-    scaled.diagonal().sub_(DAMPING - REFIT_DAMPING)
-    goal = normal_equations(weight, scaled, scale, REFIT_DAMPING, cross)
-    sparse = conjugate_gradients(scaled, goal, mask, sparse, REFIT)
-    if exchanges and importance is None:
-        sparse, mask = exchange(scaled, goal, sparse, mask, group, by_row)
-    return sparse / scale * mask, mask
+        return matrix_mask(score, sparsity, group, by_row) if last or group or by_row else _roughly(score, keep)
+
+    sparse, dual = dense, torch.zeros_like(dense)  # dual: of the constraint that both copies are equal
+    for stage, penalty in enumerate(PENALTIES):
+        inverse, penalty = _inverse(matrix, penalty)
+        for step in range(PER_PENALTY):
+            first = stage == step == 0
+            current = dense if first and not fresh else (goal - dual + penalty * sparse) @ inverse
+            wish = current if first else torch.lerp(sparse, current, RELAXATION)
+            wish = wish + dual / penalty
+            mask = project(wish, stage == len(PENALTIES) - 1 and step == PER_PENALTY - 1)
+            sparse = wish * mask
+            dual = penalty * (wish - sparse)
+    return sparse, mask
 
 
-def _inverse(scaled: Tensor, penalty: float) -> tuple[Tensor, float]:
+def _inverse(matrix: Tensor, ridge: float) -> tuple[Tensor, float]:
     """(A + ρ I)⁻¹ and the ρ it took: ten times more each time a gram is too far from positive definite for it."""
-    while True:
-        shifted = scaled.clone()
-        shifted.diagonal().add_(penalty)
+    while ridge < 1e6:
+        shifted = matrix.clone()
+        shifted.diagonal().add_(ridge)
         factor, failed = torch.linalg.cholesky_ex(shifted)
         if not failed:
-            return torch.cholesky_inverse(factor), penalty
-        logger.info("gram is not positive definite at penalty %g: ten times more is used", penalty)
-        penalty *= 10
+            return torch.cholesky_inverse(factor), ridge
+        logger.info("gram is not positive definite at penalty %g: ten times more is used", ridge)
+        ridge = max(10 * ridge, 1e-3)
+    raise FloatingPointError("the gram holds NaN or infinity")
 
 
 def _roughly(scores: Tensor, keep: int) -> Tensor:

@@ -11,7 +11,7 @@ from ..selection.patterns import matrix_mask
 from . import alps, magnitude, sparsegpt, wanda
 from .mama import mama
 from .problem import LayerProblem, Solution
-from .redistribution import MOVES
+from .redistribution import MOVES, centred, centred_cross
 
 NEEDS = ("nothing", "norm", "gram", "gram and goal")
 
@@ -55,12 +55,10 @@ def solve_alps(problem: LayerProblem) -> Solution:
     return Solution(*alps.alps(problem.weight, problem.inputs.gram, problem.sparsity, problem.nm))
 
 
-def solve_mama(problem: LayerProblem, exchanges: bool = True, goals: bool = True) -> Solution:
+def solve_mama(problem: LayerProblem, goals: bool = True) -> Solution:
     """MAMA's way: mask and redistributed values together with least_squares, else the mask by the criterion's score.
 
     Args:
-        exchanges: whether kept connections are exchanged for pruned ones while that lowers the layer's error; never
-            where another indicator than activation has a say, which exchanges know nothing of.
         goals: whether the layer aims at the dense model's outputs; False = at what its dense weight makes of the
             inputs it gets, as other methods do.
     """
@@ -72,15 +70,17 @@ def solve_mama(problem: LayerProblem, exchanges: bool = True, goals: bool = True
         new, shift = MOVES[problem.redistribution](weight, mask, inputs)
         return Solution(new, mask, None if bias is None or shift is None else bias + shift)
     importance = problem.criterion.multiplier(weight, inputs, problem.scores)
-    how = {"exchanges": exchanges, "by_row": problem.by_row}
     cross = None if goal is None else goal.cross
     if bias is None:
-        return Solution(*mama(weight, inputs.gram, problem.sparsity, problem.nm, importance, cross=cross, **how))
+        return Solution(
+            *mama(weight, inputs.gram, problem.sparsity, problem.nm, importance, cross=cross, by_row=problem.by_row)
+        )
     # A bias takes up the mean for free, so only the deviations from it are left to fit.
     wanted = weight @ inputs.mean + bias if goal is None else goal.total / max(inputs.tokens, 1)
+    gram, constant = centred(inputs.gram, inputs.total, inputs.tokens)
     if cross is not None:
-        cross = cross - wanted.outer(inputs.total)
-    new, mask = mama(weight, inputs.centred, problem.sparsity, problem.nm, importance, cross=cross, **how)
+        cross = centred_cross(cross, inputs.total, wanted, constant)
+    new, mask = mama(weight, gram, problem.sparsity, problem.nm, importance, cross=cross, by_row=problem.by_row)
     return Solution(new, mask, wanted - new @ inputs.mean)
 
 

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from ..indicators.combine import Criterion
+from .redistribution import centred
 
 
 @dataclass
@@ -36,8 +37,8 @@ class Gram:
 
     @property
     def centred(self) -> Tensor:
-        """Gram of the deviations from the mean input, (in, in)."""
-        return self.gram - self.total.outer(self.mean)
+        """Gram of the deviations from the mean input, (in, in); exactly zero for inputs that do not vary."""
+        return centred(self.gram, self.total, self.tokens)[0]
 
     @property
     def norm(self) -> Tensor:
