@@ -25,6 +25,7 @@ from tests.training import saved
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(3600)]
 ROOT = Path(__file__).resolve().parents[1]
 KILLS = 20
+EVERY = bool(os.environ.get("MAMA_KILL_EVERYWHERE"))  # before every single write: half an hour
 SIGKILLED = -9
 
 
@@ -85,17 +86,20 @@ def folder(tmp_path_factory):
     return root
 
 
-def moments(kind: str, events: int, seconds: float) -> list[dict]:
-    """When to kill: eight times at random, nine before or in the middle of what is written, thrice at the very end."""
+def moments(kind: str, events: int, seconds: float, every: bool) -> list[dict]:
+    """When to kill: eight times at random, nine before or in the middle of what is written (or `every` time that
+    something is written), thrice at the very end."""
     draw = random.Random(kind)
-    aimed = sorted(draw.sample(range(1, max(events - 3, 10)), 9)) + [events - 2, events - 1, events]
+    some = range(1, events - 2) if every else sorted(draw.sample(range(1, events - 2), 9))
+    aimed = [*some, events - 2, events - 1, events]
     return [{"after": draw.uniform(0.05, 0.98) * seconds} for _ in range(KILLS - 12)] + [{"at": at} for at in aimed]
 
 
-def killed_and_called_again(zygote, output, argv, again, reference, kind) -> None:
-    """Kills `argv` at every moment and calls `again` until it is done; then compares with the `reference` run."""
-    kills = 0
-    for moment in moments(kind, reference["events"], reference["seconds"]):
+def killed_and_called_again(zygote, output, argv, again, reference, kind, every=False) -> None:
+    """Kills `argv` at every moment, and every second time the next call too, and calls `again` until it is done; then
+    compares with the `reference` run."""
+    kills, draw = 0, random.Random(kind)
+    for moment in moments(kind, reference["events"], reference["seconds"], every):
         shutil.rmtree(output, ignore_errors=True)
         watched = {"folder": str(output)} if "at" in moment else {}
         first = zygote.run(argv, **moment, **watched)
@@ -104,12 +108,17 @@ def killed_and_called_again(zygote, output, argv, again, reference, kind) -> Non
             shutil.rmtree(output)
             first = zygote.run(argv, **moment)
         assert first["status"] == SIGKILLED, f"{moment}\n{first['log'][-3000:]}"
-        last = zygote.run(again)
+        kills += 1
+        if kills % 2:
+            second = zygote.run(again, after=draw.uniform(0.1, 0.9) * reference["seconds"])
+            assert second["status"] in (SIGKILLED, 0), f"{moment}\n{second['log'][-3000:]}"
+            last = second if second["status"] == 0 else zygote.run(again)
+        else:
+            last = zygote.run(again)
         assert last["status"] == 0, f"{moment}\n{last['log'][-3000:]}"
         assert "Traceback" not in last["log"], last["log"][-3000:]
         differs = reference["compare"]()
         assert not differs, f"{moment}: {differs}\n{first['log'][-1000:]}"
-        kills += 1
     print(f"{kind}: {kills} kills, {reference['events']} events and {reference['seconds']:.1f} s in a whole run")
 
 
@@ -149,7 +158,7 @@ def test_training(zygote, folder, tmp_path):
     files = ["model.safetensors", "mama/masks.safetensors", "mama/statistics.safetensors"]
     reference = reference_run(zygote, output, whole, argv, lambda: same_files(output, whole, files))
     again = [*argv, "--resume_from_checkpoint", "true"]
-    killed_and_called_again(zygote, output, argv, again, reference, "training")
+    killed_and_called_again(zygote, output, argv, again, reference, "training", EVERY)
     assert saved.sparsity(output) == pytest.approx(0.6, abs=0.01)
 
 
@@ -164,7 +173,7 @@ def test_prune(zygote, folder, tmp_path):
         return same_files(output, whole, files) + left
 
     reference = reference_run(zygote, output, whole, argv, compare)
-    killed_and_called_again(zygote, output, argv, argv, reference, "prune")
+    killed_and_called_again(zygote, output, argv, argv, reference, "prune", every=True)
 
 
 def test_run(zygote, folder, tmp_path):
@@ -185,4 +194,4 @@ def test_run(zygote, folder, tmp_path):
         return same_files(output, whole, files) + ([] if reports[0] == reports[1] else ["report.json"])
 
     reference = reference_run(zygote, output, whole, argv, compare)
-    killed_and_called_again(zygote, output, argv, argv, reference, "run")
+    killed_and_called_again(zygote, output, argv, argv, reference, "run", EVERY)

@@ -17,6 +17,7 @@ from ..model.targets import Target
 
 FOLDER = ".progress"  # inside the output folder, removed at the end
 COMMAND = "command.json"
+NAMES = (COMMAND, "block-*.safetensors", "outside.safetensors", ".*.tmp")  # all that lies in FOLDER
 
 
 def fingerprint(model: nn.Module, rows: Tensor) -> str:
@@ -50,7 +51,9 @@ class Unfinished:
 
     @staticmethod
     def exists(output: str | Path) -> bool:
-        return (Path(output) / FOLDER / COMMAND).is_file()
+        """Whether a killed command left its work there, or began to, or had begun to take it away."""
+        folder = Path(output) / FOLDER
+        return folder.is_dir() and all(any(map(entry.match, NAMES)) for entry in folder.iterdir())
 
     @property
     def blocks(self) -> int:

@@ -7,13 +7,9 @@ from .state import RunState
 
 
 def shortfall(run: RunState, regime: Regime) -> float:
-    """How much of the sparsity asked for is missing in the weights, as they were counted last; 0.0 if none is.
-
-    What one connection a row can make is rounding: masks of rows, and of small matrices, keep whole connections.
-    """
-    rounding = sum(target.shape[0] for target in run.targets) / run.size
+    """How much of the sparsity asked for is missing in the weights, as they were counted last; 0.0 if none is."""
     missing = regime.target - run.sparsity
-    return missing if missing > rounding else 0.0
+    return missing if missing > run.rounding else 0.0
 
 
 def sentence(run: RunState, regime: Regime) -> Optional[str]:

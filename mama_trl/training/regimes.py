@@ -17,8 +17,6 @@ from ..pruning.update import Update, check_moments, update_masks
 from .schedule import Schedule
 from .state import RunState
 
-ROUNDING = 0.01  # of a sparsity that is asked for, against what masks of whole connections have
-
 
 class Regime:
     """What a regime is asked, in the order of a run. All of it is collective.
@@ -97,7 +95,7 @@ class HardMasks(Regime):
                 f"{run.sparsity:.2%} of its weights are zero: prune it first, set `mask_schedule` to oneshot or cubic, "
                 "or `sparsity` to 0 to train without masks."
             )
-        if asked != MamaConfig.sparsity and asked > self._held + ROUNDING:
+        if asked != MamaConfig.sparsity and asked > self._held + max(0.01, run.rounding):
             raise MamaError(
                 f"`sparsity` is {asked}, but `mask_schedule` is 'hold' and the masks there are prune {self._held:.4f}: "
                 "leave `sparsity` out to hold them, or set `mask_schedule` to oneshot or cubic."

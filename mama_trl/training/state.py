@@ -93,6 +93,11 @@ class RunState:
         return sum(shard.numel for shard in self.prunable)
 
     @property
+    def rounding(self) -> float:
+        """What one connection a row is of a sparsity: masks of rows keep whole connections."""
+        return sum(target.shape[0] for target in self.targets) / self.size
+
+    @property
     def sparsity(self) -> float:
         """Share of the prunable weights that are exactly zero, as `count` found it last."""
         return sum(self.zeros.values()) / self.size if self.zeros else 0.0
