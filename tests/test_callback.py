@@ -251,7 +251,7 @@ def dying(path, work):
             os.kill(os.getpid(), 9)
     write(path, work)
 
-for name in ("masks.files", "training.inputs", "training.callback"):
+for name in ("masks.files", "training.inputs", "training.state"):
     setattr(sys.modules["mama_trl." + name], "write_atomically", dying)
 rows = torch.randint(2, 384, (64, 24), generator=torch.Generator().manual_seed(0))
 train(tiny("llama"), rows, {folder!r}, MamaConfig(sparsity=0.8, mask_start=5), save_strategy="steps", save_steps=2,

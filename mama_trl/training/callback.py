@@ -19,7 +19,7 @@ from ..engines.zero import hook_steps
 from ..errors import MamaError
 from .alone import refuse_second
 from .card import CardFacts, write_card
-from .checkpoints import cut_off
+from .checkpoints import cut_off, let_go_first
 from .finished import Standstill, is_finished
 from .health import check_finite
 from .identity import identity
@@ -80,7 +80,7 @@ class MamaCallback(RunView, TrainerCallback):
 
     def on_init_end(self, args, state, control, **kwargs):
         refuse_second(state, "init")
-        sentence = cut_off(args.output_dir) if args.should_save else None
+        sentence = cut_off(args.output_dir, hashes=False) if args.should_save else None
         if sentence:
             logger.warning(sentence)
 
@@ -98,7 +98,9 @@ class MamaCallback(RunView, TrainerCallback):
             run.inherit(beside(run.model))
         self.regime = self._new_regime(run, state.max_steps, self.calibration)
         self._history_every, self._looked = max(1, state.max_steps // HISTORY_POINTS), state.global_step
-        if is_finished(state):
+        if args.should_save:
+            let_go_first(args.output_dir)
+        if is_finished(state) and not self.regime.pending(state.global_step):
             self._still = Standstill(state, optimizer, args.should_save)
             return
         self._unhook = hook_steps(optimizer, self._before_step, self.regime.after_step)

@@ -7,6 +7,7 @@ and every file is as it says.
 
 import json
 import logging
+import os
 import shutil
 from pathlib import Path
 from typing import Optional
@@ -29,8 +30,11 @@ _WRITTEN = (
 )
 
 
-def fault(checkpoint: str | Path) -> Optional[str]:
-    """Why this checkpoint cannot be resumed: what is cut off, missing or damaged; None if it is whole."""
+def fault(checkpoint: str | Path, hashes: bool = True) -> Optional[str]:
+    """Why this checkpoint cannot be resumed: what is cut off, missing or damaged; None if it is whole.
+
+    Without `hashes` files are not read, only looked at.
+    """
     checkpoint = Path(checkpoint)
     try:
         json.loads((checkpoint / TRAINER_STATE_NAME).read_text(encoding="utf-8"))
@@ -44,7 +48,7 @@ def fault(checkpoint: str | Path) -> Optional[str]:
         return f"{FOLDER}/{STATE_FILE} is damaged, or of an earlier version"
     if not any(name.startswith(_OPTIMIZERS) for name in state["files"]):
         return "it was saved without its optimizer (`save_only_model`)"
-    return changed(checkpoint, state["files"])
+    return changed(checkpoint, state["files"], hashes)
 
 
 def is_whole(checkpoint: str | Path) -> bool:
@@ -68,13 +72,13 @@ def newest_whole(output_dir: str | Path) -> Optional[Path]:
     return next((path for path in reversed(checkpoints(output_dir)) if is_whole(path)), None)
 
 
-def cut_off(output_dir: str | Path) -> Optional[str]:
+def cut_off(output_dir: str | Path, hashes: bool = True) -> Optional[str]:
     """A sentence if the newest checkpoint is not whole, and which one to use; else None."""
     found = checkpoints(output_dir)
     # Without any folder of ours the run had no MamaCallback, and nothing is known about its saves.
     if not found or not any(is_ours(path) for path in found):
         return None
-    why = fault(found[-1])
+    why = fault(found[-1], hashes)
     return why and f"{found[-1]} is not whole ({why}): {_advice(output_dir)}."
 
 
@@ -126,6 +130,13 @@ def choose(output_dir: str | Path, asked: Optional[str | bool]) -> Optional[str]
         )
     logger.warning("no whole checkpoint in %s: starting from the beginning.", output_dir)
     return None
+
+
+def let_go_first(output_dir: str | Path) -> None:
+    """Makes checkpoints that are not whole the oldest, so that `save_total_limit` deletes them before whole ones."""
+    for path in checkpoints(output_dir):
+        if is_ours(path) and fault(path, hashes=False) is not None:
+            os.utime(path, (0, 0))
 
 
 def remove_ours(output_dir: str | Path) -> None:

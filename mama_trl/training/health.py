@@ -18,7 +18,7 @@ def check_finite(parameters: list[Shard], step: int, output_dir: str | Path) -> 
     if bad is None:
         return
     whole = ranks.decided(lambda: _name(newest_whole(output_dir)))
-    going_on = f"resume from {whole}, whose weights are finite" if whole else "start anew, since no checkpoint is there"
+    going_on = f"resume from {whole}, whose weights are finite" if whole else "start anew, since no checkpoint is whole"
     raise MamaError(
         f"{bad} holds NaN or infinity after step {step}, and is not saved: lower the learning rate (or look at what "
         f"the loss is made of), and {going_on}."

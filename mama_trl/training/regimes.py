@@ -6,7 +6,7 @@ the same methods, given to `MamaCallback(config, regime=...)`: see docs/extend.m
 
 from typing import Optional
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..config import MamaConfig
 from ..engines import ranks
@@ -91,7 +91,7 @@ class HardMasks(Regime):
         run, asked = self.run, self.run.config.sparsity
         if run.masks is None:
             raise MamaError(
-                f"`mask_schedule` is 'hold', but no masks lie beside the model {run.model.name_or_path!r}, and "
+                f"`mask_schedule` is 'hold', but no masks lie beside the model {_name(run.model)!r}, and "
                 f"{run.sparsity:.2%} of its weights are zero: prune it first, set `mask_schedule` to oneshot or cubic, "
                 "or `sparsity` to 0 to train without masks."
             )
@@ -153,3 +153,7 @@ class HardMasks(Regime):
             rows = self.calibration[ranks.rank(everyone) :: ranks.size(everyone)] if enough else self.calibration
         count = ranks.smallest(0 if rows is None else len(rows), everyone, device)
         return rows[:count].to(device) if count else None
+
+
+def _name(model: nn.Module) -> str:
+    return getattr(model, "name_or_path", "")

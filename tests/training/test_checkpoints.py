@@ -10,7 +10,7 @@ from mama_trl import MamaConfig, MamaError
 from mama_trl.training.checkpoints import choose, cut_off, fault, newest_whole, remove_ours
 from tests.conftest import tiny
 from tests.training import saved
-from tests.training.runs import SAVING, train
+from tests.training.runs import SAVING, train, trainer_of
 
 
 @pytest.fixture(scope="module")
@@ -126,6 +126,32 @@ def test_a_checkpoint_without_its_optimizer_is_not_resumed(rows, tmp_path):
     train(tiny("llama"), rows, tmp_path, save_only_model=True, **SAVING)
     with pytest.raises(MamaError, match="saved without its optimizer.*save_only_model"):
         choose(tmp_path, str(tmp_path / "checkpoint-6"))
+
+
+def test_a_stump_takes_no_whole_checkpoints_place(rows, tmp_path):
+    """Killed while it saved step 6, and resumed with something else that saves too: of two checkpoints to keep one is
+    whole at every moment."""
+    from transformers import TrainerCallback
+
+    class Look(TrainerCallback):
+        seen = []
+
+        def on_step_end(self, args, state, control, **kwargs):
+            self.seen.append(newest_whole(tmp_path))
+            control.should_save = True
+
+        def on_save(self, args, state, control, **kwargs):  # before MamaCallback has written its part
+            self.seen.append(newest_whole(tmp_path))
+
+    limit = {"save_total_limit": 2}
+    train(tiny("llama"), rows, tmp_path, **SAVING, **limit)
+    (tmp_path / "checkpoint-6" / "mama" / "state.json").unlink()
+    look = Look()
+    trainer, _ = trainer_of(tiny("llama"), rows, tmp_path, **SAVING, **limit)
+    trainer.callback_handler.callbacks.insert(0, look)
+    trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
+    assert len(look.seen) == 4 and None not in look.seen
+    assert newest_whole(tmp_path).name == "checkpoint-6"
 
 
 def test_an_overwritten_run_leaves_the_files_of_others(run, tmp_path, caplog):

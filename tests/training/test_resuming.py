@@ -139,6 +139,14 @@ def test_a_mask_whose_step_was_passed_over_is_made_at_the_next(rows, tmp_path, c
     assert mama.missed is None
 
 
+def test_a_mask_that_is_overdue_at_the_very_end_is_made_in_the_step_that_is_left(rows, tmp_path):
+    """Resumed where the run should have ended, in the middle of an epoch: the Trainer has one step more."""
+    config = MamaConfig(sparsity=0.75, mask_start=0.9)
+    stopped(tiny("llama"), rows, tmp_path, 5, config, max_steps=8)
+    trainer, mama = train(tiny("llama"), rows, tmp_path, config, resume=True, save=True, max_steps=4)
+    assert saved.sparsity(tmp_path) == pytest.approx(0.75, abs=1e-3) and mama.missed is None
+
+
 def test_one_mask_is_made_once(rows, tmp_path):
     """A run that is made longer does not compute its one mask a second time."""
     config = MamaConfig(sparsity=0.75, mask_start=0.5)
