@@ -28,10 +28,16 @@ class Spoil(TrainerCallback):
                 dict(model.named_parameters())[self.name].view(-1)[0] = self.value
 
 
+SLOW = pytest.mark.slow
+
+
 @pytest.mark.parametrize("spoil", [
-    Spoil(4), Spoil(4, "model.embed_tokens.weight"), Spoil(4, "model.layers.1.mlp.down_proj.weight"),
-    Spoil(4, value=float("inf"), weight=True), Spoil(4, "model.layers.0.self_attn.q_proj.bias", weight=True),
-], ids=["norm", "embedding", "target", "infinity", "bias"])
+    pytest.param(Spoil(4), id="norm"),
+    pytest.param(Spoil(4, "model.embed_tokens.weight"), id="embedding", marks=SLOW),
+    pytest.param(Spoil(4, "model.layers.1.mlp.down_proj.weight"), id="target", marks=SLOW),
+    pytest.param(Spoil(4, value=float("inf"), weight=True), id="infinity"),
+    pytest.param(Spoil(4, "model.layers.0.self_attn.q_proj.bias", weight=True), id="bias", marks=SLOW),
+])
 @pytest.mark.parametrize("logging", [1, 100])
 def test_a_nan_stops_the_run_and_leaves_a_finite_checkpoint(rows, tmp_path, spoil, logging):
     with pytest.raises(MamaError) as told:

@@ -1,6 +1,7 @@
 """What a resumed run is, and what it is not: another run, one step more, or a run whose mask never comes."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -30,6 +31,21 @@ def stopped(model, rows, folder, step, config=CONFIG, **changes):
         train(model, rows, folder, config, callbacks=[StopAt(step)], **{**SAVING, **changes})
 
 
+@pytest.fixture(scope="module")
+def begun(tmp_path_factory, tokenizer, text):
+    """A run that was killed after five steps, with checkpoints after two and four."""
+    from mama_trl.evaluation.text import blocks
+
+    folder = tmp_path_factory.mktemp("begun")
+    stopped(tiny("llama"), blocks(tokenizer, text, 32), folder, 5)
+    return folder
+
+
+@pytest.fixture
+def again(begun, tmp_path):
+    return shutil.copytree(begun, tmp_path / "run")
+
+
 # ---------------------------------------------------------------------- which run
 
 
@@ -41,30 +57,27 @@ def stopped(model, rows, folder, step, config=CONFIG, **changes):
     ({}, MamaConfig(sparsity=0.5, mask_start=3), "`sparsity` is 0.75 there and 0.5 here"),
     ({}, MamaConfig(sparsity=0.75, mask_start=3, redistribution="none"), "`redistribution`"),
 ])
-def test_a_run_of_other_settings_is_not_gone_on_with(rows, tmp_path, changes, config, word):
-    stopped(tiny("llama"), rows, tmp_path, 5)
+def test_a_run_of_other_settings_is_not_gone_on_with(rows, again, changes, config, word):
     with pytest.raises(MamaError) as told:
-        train(tiny("llama"), rows, tmp_path, config, resume=True, **{**SAVING, **changes})
+        train(tiny("llama"), rows, again, config, resume=True, **{**SAVING, **changes})
     assert "checkpoint-4 belongs to another run" in str(told.value) and word in str(told.value)
 
 
-def test_other_data_or_another_model_is_another_run(rows, tmp_path):
-    stopped(tiny("llama"), rows, tmp_path, 5)
+def test_other_data_is_another_run(rows, again):
     for data in (rows.flip(0), rows[:-4]):
         with pytest.raises(MamaError, match="belongs to another run.*the training data"):
-            train(tiny("llama"), data, tmp_path, CONFIG, resume=True, **SAVING)
+            train(tiny("llama"), data, again, CONFIG, resume=True, **SAVING)
 
 
-def test_what_may_change_on_resume_does(rows, tmp_path):
-    stopped(tiny("llama"), rows, tmp_path, 5)
+def test_what_may_change_on_resume_does(rows, again):
     changes = {
         "max_steps": 8, "gradient_accumulation_steps": 2, "per_device_train_batch_size": 2, "save_steps": 3,
         "logging_steps": 2, "save_strategy": "steps", "dataloader_num_workers": 0, "run_name": "other",
     }
     config = MamaConfig(sparsity=0.75, mask_start=4)
-    trainer, mama = train(tiny("llama"), rows, tmp_path, config, resume=True, save=True, **changes)
+    trainer, mama = train(tiny("llama"), rows, again, config, resume=True, save=True, **changes)
     assert trainer.state.global_step == 8
-    assert saved.sparsity(tmp_path) == pytest.approx(0.75, abs=1e-3)
+    assert saved.sparsity(again) == pytest.approx(0.75, abs=1e-3)
 
 
 def test_the_fingerprint_holds_no_secrets(rows, tmp_path):
@@ -78,8 +91,12 @@ def test_the_fingerprint_holds_no_secrets(rows, tmp_path):
 # ---------------------------------------------------------------------- a finished run
 
 
-@pytest.mark.parametrize("batch", [4, 64], ids=["within an epoch", "several epochs"])
-@pytest.mark.parametrize("schedule", [{}, {"save_strategy": "epoch", "eval_strategy": "epoch"}])
+@pytest.mark.parametrize("batch,schedule", [
+    (4, {}),
+    pytest.param(64, {}, marks=pytest.mark.slow),
+    pytest.param(4, {"save_strategy": "epoch", "eval_strategy": "epoch"}, marks=pytest.mark.slow),
+    (64, {"save_strategy": "epoch", "eval_strategy": "epoch"}),
+], ids=["within an epoch", "several epochs", "saved by epoch", "several epochs, saved by epoch"])
 def test_a_finished_run_that_is_resumed_is_left_as_it_is(rows, tmp_path, caplog, batch, schedule):
     changes = {**SAVING, **schedule, "per_device_train_batch_size": batch, "lr_scheduler_type": "constant"}
     first, _ = train(tiny("llama"), rows, tmp_path, CONFIG, save=True, **changes)
