@@ -59,15 +59,30 @@ def main(argv: list[str] | None = None) -> int:
     try:
         return dispatch(list(sys.argv[1:] if argv is None else argv))
     except MamaError as error:
-        print(f"mama: {error}", file=sys.stderr)
-        return 2
+        return _say(str(error), 2)
     except KeyboardInterrupt:
-        print("mama: stopped", file=sys.stderr)
-        return 130
+        return _say("stopped", 130)
     except BrokenPipeError:
         # The reader (a pager, head) went away; nothing is left to say, and Python must not flush into it.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
+    except Exception as error:
+        from .errors import one_line
+        from .machine import refusal_of
+
+        sentence = refusal_of(error)
+        if sentence is None:
+            raise
+        return _say(one_line(sentence), 2)
+
+
+def _say(sentence: str, code: int) -> int:
+    """Prints a last sentence on a line of its own, beneath the progress bars; returns `code`."""
+    bars = getattr(sys.modules.get("tqdm"), "tqdm", None)
+    for bar in list(getattr(bars, "_instances", ())):
+        bar.close()
+    print(f"mama: {sentence}", file=sys.stderr)
+    return code
 
 
 if __name__ == "__main__":

@@ -5,9 +5,10 @@ Flags of the commands, parameters of `prune`, and recipes derive from these fiel
 
 import re
 from dataclasses import dataclass, field, fields
-from typing import ClassVar, Iterable, Optional
+from typing import Annotated, ClassVar, Iterable, Optional
 
-from .errors import MamaError
+from .errors import MamaError, shown
+from .fields import Count, Range, check_fields
 
 INDICATORS = {  # name: what it is
     "magnitude": "|w|",
@@ -44,13 +45,13 @@ def default_blend(budget: str, sparsity: float) -> float:
 
 def check_sparsity(value: float, field_name: str = "sparsity") -> float:
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0.0 <= value < 1.0:
-        raise MamaError(f"`{field_name}` is {value!r}, but it is the pruned share and must lie in [0, 1): try 0.8.")
+        raise MamaError(f"`{field_name}` is {shown(value)}: it is the pruned share and must lie in [0, 1): try 0.8.")
     return float(value)
 
 
 def check_choice(value: str, choices: Iterable[str], field_name: str) -> str:
-    if value not in list(choices):
-        raise MamaError(f"`{field_name}` is {value!r}, which is unknown: use one of {', '.join(choices)}.")
+    if not isinstance(value, str) or value not in list(choices):
+        raise MamaError(f"`{field_name}` is {shown(value)}, which is unknown: use one of {', '.join(choices)}.")
     return value
 
 
@@ -58,30 +59,48 @@ def parse_pattern(pattern: str) -> Optional[tuple[int, int]]:
     """`unstructured` gives None; `2:4` gives (2, 4): of every 4 inputs, 2 are kept."""
     if pattern == "unstructured":
         return None
-    match = re.fullmatch(r"(\d+):(\d+)", str(pattern))
+    match = re.fullmatch(r"([0-9]{1,6}):([0-9]{1,6})", str(pattern))
     if not match or not 0 < int(match[1]) < int(match[2]):
         raise MamaError(
-            f"`pattern` is {pattern!r}: use unstructured, or N:M with 0 < N < M, such as 2:4 (`mama prune` also knows "
-            "heads and neurons)."
+            f"`pattern` is {shown(pattern)}: use unstructured, or N:M with 0 < N < M, such as 2:4 (`mama prune` also "
+            "knows heads and neurons)."
         )
     return int(match[1]), int(match[2])
 
 
 def parse_indicators(indicators: list[str]) -> dict[str, float]:
     """`["activation", "sensitivity=0.5"]` gives `{"activation": 1.0, "sensitivity": 0.5}`."""
-    weights = {}
-    for item in indicators:
-        name, _, weight = item.partition("=")
+    weights: dict[str, float] = {}
+    for item in [indicators] if isinstance(indicators, str) else indicators:
+        name, equals, weight = item.partition("=")
         check_choice(name, INDICATORS, "indicators")
+        if name in weights:
+            raise MamaError(f"`indicators` names {name} twice: name it once, with its weight after =.")
         try:
-            weights[name] = float(weight) if weight else 1.0
+            weights[name] = float(weight) if equals else 1.0
         except ValueError:
             weights[name] = -1.0
         if not 0.0 < weights[name] < float("inf"):
-            raise MamaError(f"`indicators` has {item!r}: the weight after = must be a positive number.")
+            raise MamaError(f"`indicators` has {shown(item)}: the weight after = must be a positive number.")
     if not weights:
         raise MamaError("`indicators` is empty: name at least one, such as activation.")
     return weights
+
+
+def check_position(value: float, field_name: str) -> None:
+    """Raises `MamaError` if `value` is no place in a run: a fraction below 1, or a whole step."""
+    if value >= 1 and value != int(value):
+        raise MamaError(f"`{field_name}` is {shown(value)}: use a fraction of the run below 1, or a whole step.")
+
+
+def check_expression(expression: str, field_name: str) -> None:
+    """Raises `MamaError` if `expression` is no regular expression, or is empty and would match every name."""
+    try:
+        re.compile(expression)
+    except (re.error, RecursionError, OverflowError) as error:
+        raise MamaError(f"`{field_name}` has {shown(expression)}, not a regular expression: {error}.") from None
+    if not expression:
+        raise MamaError(f"`{field_name}` has an empty expression, which matches every name: name modules such as mlp.")
 
 
 @dataclass
@@ -124,7 +143,7 @@ class PruningOptions:
             "with N:M and scope global."
         },
     )
-    budget_blend: Optional[float] = field(
+    budget_blend: Annotated[Optional[float], Range(0, 1)] = field(
         default=None,
         metadata={
             "help": "Share of the budget's own allocation, the rest uniform. Default: 0.3; for gradients 0.6, falling "
@@ -167,6 +186,7 @@ class PruningOptions:
         return default_blend(self.budget, self.sparsity) if self.budget_blend is None else self.budget_blend
 
     def __post_init__(self):
+        check_fields(self, PruningOptions)
         self.sparsity = check_sparsity(self.sparsity)
         if self.nm and self.sparsity > 0:
             self.sparsity = 1.0 - self.nm[0] / self.nm[1]
@@ -175,8 +195,6 @@ class PruningOptions:
         check_choice(self.redistribution, REDISTRIBUTIONS, "redistribution")
         if self.budget is not None:
             check_choice(self.budget, BUDGETS, "budget")
-        if self.budget_blend is not None and not 0.0 <= self.budget_blend <= 1.0:
-            raise MamaError(f"`budget_blend` is {self.budget_blend!r}: use a share between 0 (uniform) and 1.")
         if self.nm and self.scope != "matrix":
             raise MamaError(
                 f"`scope` is {self.scope!r}, but `pattern` {self.pattern} says already where connections compete "
@@ -195,16 +213,13 @@ class PruningOptions:
             )
         if self.scope == "global" and self.sparsity > 0 and self.needs_calibration:
             raise MamaError(
-                "`scope` is 'global', which needs all scores at once, while activations and redistribution go block by "
-                "block: set `redistribution` to none and leave activation out of `indicators`, or use scope matrix "
-                "with budget sensitivity, which shares the sparsity among the matrices too."
+                "`scope` is 'global', which needs all scores at once: set `redistribution` to none and leave activation"
+                " out of `indicators`, or use scope matrix with budget sensitivity, which shares the sparsity among the"
+                " matrices too."
             )
         for name in ("target_modules", "exclude_modules"):
             for expression in getattr(self, name) or []:
-                try:
-                    re.compile(expression)
-                except re.error as error:
-                    raise MamaError(f"`{name}` has {expression!r}, not a regular expression: {error}.") from None
+                check_expression(expression, name)
 
 
 @dataclass
@@ -228,25 +243,25 @@ class MamaConfig(PruningOptions):
         default="oneshot",
         metadata={"help": "`oneshot` (one mask at mask_start), `cubic` ramp, or `hold` (keep the masks there are)."},
     )
-    mask_start: Optional[float] = field(
+    mask_start: Annotated[Optional[float], Range(0)] = field(
         default=None,
         metadata={
             "help": "First mask update: a fraction of all optimizer steps if below 1, else a step. Default 0.1; not "
             "for `hold`."
         },
     )
-    mask_end: Optional[float] = field(
+    mask_end: Annotated[Optional[float], Range(0)] = field(
         default=None,
         metadata={
             "help": "Last mask update of the cubic ramp: a fraction if below 1, else a step. Default 0.5; only for "
             "`cubic`."
         },
     )
-    mask_interval: Optional[int] = field(
+    mask_interval: Optional[Count] = field(
         default=None,
         metadata={"help": "Optimizer steps between mask updates of the ramp. Default 10; only for `cubic`."},
     )
-    calibration_tokens: Optional[int] = field(
+    calibration_tokens: Optional[Count] = field(
         default=None,
         metadata={
             "help": "Tokens of recent training batches that input norms and grams are taken from. Default 16384; only "
@@ -274,6 +289,7 @@ class MamaConfig(PruningOptions):
     )
 
     def __post_init__(self):
+        check_fields(self, MamaConfig)
         super().__post_init__()
         check_choice(self.mask_schedule, SCHEDULES, "mask_schedule")
         if self.budget == "gradients":
@@ -284,8 +300,6 @@ class MamaConfig(PruningOptions):
         for name in self.statistics or []:
             check_choice(name, STATISTICS, "statistics")
         self._check_schedule()
-        if self.calibration_tokens is not None and self.calibration_tokens < 1:
-            raise MamaError(f"`calibration_tokens` is {self.calibration_tokens!r}: use at least 1, better 16384.")
         if self.enforce_masks and not self.inherit_masks:
             raise MamaError(
                 "`enforce_masks` is True, but `inherit_masks` is False, so no masks are taken up: leave one out."
@@ -306,15 +320,12 @@ class MamaConfig(PruningOptions):
                     f"out, or use mask_schedule {' or '.join(kinds)}."
                 )
         for name in ("mask_start", "mask_end"):
-            value = getattr(self, name)
-            if value is not None and value < 0:
-                raise MamaError(f"`{name}` is {value!r}, which cannot be negative: use a share below 1, or a step.")
+            if getattr(self, name) is not None:
+                check_position(getattr(self, name), name)
         # A fraction and a step cannot be compared before the run's length is known.
         start, end = self.start, self.end
         if self.mask_schedule == "cubic" and (start < 1) == (end < 1) and end < start:
             raise MamaError(f"`mask_end` is {end!r}, before `mask_start` ({start!r}): let the ramp end later.")
-        if self.mask_interval is not None and self.mask_interval < 1:
-            raise MamaError(f"`mask_interval` is {self.mask_interval!r}: use at least 1 step.")
 
     # ------------------------------------------------------------------ what follows from the fields
 

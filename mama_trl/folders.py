@@ -1,66 +1,121 @@
-"""What is written where: checks of output folders before any compute, and files that are whole or not there."""
+"""Checks of output folders and files, before any compute: what may be written where."""
 
+import fnmatch
 import os
 from pathlib import Path
-from typing import Optional
+from typing import Any, Iterable, Mapping, Optional
 
-from safetensors import SafetensorError
-
-from .errors import MamaError
+from .errors import MamaError, first_line
+from .paths import check_paths, exists, is_dir, is_file
 
 WEIGHT_FILES = ("*.safetensors", "pytorch_model*.bin")
+LOCK = ".mama.lock"  # see lock.py
+OUR_FOLDERS = ("mama", ".progress", "checkpoint-*")
+_LONGEST = 200  # bytes of a file's name, which the temporary one beside it is longer than
 
 
 def holds_something(path: Path) -> bool:
-    return path.is_dir() and any(path.iterdir())
+    return is_dir(path) and any(entry.name != LOCK for entry in path.iterdir())
 
 
-def check_output_dir(path: str | Path, overwrite: bool = False, model: Optional[str] = None) -> Path:
+def check_output_dir(
+    path: str | Path, overwrite: bool = False, inputs: Any = None, beside: Iterable[str] = (), files: Iterable[str] = ()
+) -> Path:
     """The folder a command may write into; nothing in it is deleted here.
 
+    Args:
+        overwrite: whether it may hold something.
+        inputs: what the command reads, by what it is; one name is the model's. See `check_paths`, also for `beside`.
+        files: names (shell patterns) of files that will be written into it.
+
     Raises:
-        MamaError: it is a file, holds something (without `overwrite`), cannot be written, or is the model's own.
+        MamaError: it is a file, holds something (without `overwrite`) or a link, cannot be written, or something that
+            is read would be written over.
     """
-    path = Path(path).expanduser()
-    if path.exists() and not path.is_dir():
+    path = _checked_name(path)
+    if exists(path) and not is_dir(path):
         raise MamaError(f"{path} is a file: give a folder to write into.")
-    if model is not None and Path(model).is_dir() and path.resolve() == Path(model).resolve():
-        raise MamaError(f"{path} is the model's own folder, which would be lost: give another output folder.")
-    if holds_something(path) and not overwrite:
-        raise MamaError(f"{path} already holds something: give an empty folder, or --overwrite to replace files in it.")
-    there = path.absolute()
-    while not there.exists():
-        there = there.parent
-    if not os.access(there, os.W_OK):
-        raise MamaError(f"{path} cannot be written: choose a folder that belongs to you.")
+    try:
+        held = holds_something(path)
+        if held and not overwrite:
+            raise MamaError(
+                f"{path} already holds something: give an empty folder, or --overwrite to replace files in it."
+            )
+        check_paths([path], _by_what(inputs), beside)
+        check_links(path)
+        _check_places(path, files)
+    except OSError as error:
+        raise MamaError(f"{path} cannot be read: {first_line(error)}.") from None
+    _check_writable(path)
     return path
 
 
-def check_output_file(path: Optional[str]) -> None:
-    """Raises `MamaError` if a result could not be written to `path` at the end."""
-    if path is not None and Path(path).is_dir():
+def check_output_file(path: Optional[str | Path], inputs: Any = None) -> None:
+    """Raises `MamaError` if a result could not be written to `path` at the end, or would replace an input."""
+    if path is None:
+        return
+    path = _checked_name(path)
+    if is_dir(path):
         raise MamaError(f"{path} is a folder: give the name of a file.")
-    if path is not None and not Path(path).absolute().parent.is_dir():
+    if not is_dir(path.absolute().parent):
         raise MamaError(f"the folder of {path} does not exist: create it first.")
+    if path.is_symlink():
+        raise MamaError(f"{path} is a link, and files are not written through links: give the file's own name.")
+    if exists(path) and not is_file(path):
+        raise MamaError(f"{path} is a device, which a file would take the place of: give the name of a file.")
+    check_paths([path], _by_what(inputs))
+    _check_writable(path.absolute().parent)
 
 
-def remove_model_files(folder: Path) -> None:
-    """Removes an earlier model's weights and masks, so that stale shards never lie beside the new ones."""
-    for pattern in (*WEIGHT_FILES, "*.index.json", "mama/*.safetensors", "mama/*.json"):
-        for path in folder.glob(pattern):
-            path.unlink()
+def _by_what(inputs: Any) -> Mapping[str, Any]:
+    return inputs if isinstance(inputs, Mapping) else {"the model": inputs}
 
 
-def write_atomically(path: Path, write) -> None:
-    """Calls `write(temporary)` and renames: a kill or a full disk never leaves half a file at `path`."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+def check_links(folder: Path, names: Iterable[str] = OUR_FOLDERS) -> None:
+    """Raises `MamaError` if something in an output folder is a link, soft or hard, through which a file elsewhere would
+    be changed.
+
+    A link to a folder within it is harmless (`latest -> checkpoint-100`), unless it has one of `names`: shell patterns
+    of folders that are written into, and so looked into here.
+    """
+    if not is_dir(folder):
+        return
+    inside = folder.resolve()
+    ours = [sub for pattern in names for sub in folder.glob(pattern)]
+    for place in (folder, *(sub for sub in ours if sub.is_dir())):
+        for entry in place.iterdir():
+            within = entry.is_dir() and inside in entry.resolve().parents and entry not in ours
+            if entry.is_symlink() and not within or entry.is_file() and entry.stat().st_nlink > 1:
+                raise MamaError(f"{entry} is a link, and nothing is written through links: move it out of there.")
+
+
+def _checked_name(path: str | Path) -> Path:
+    if not str(path).strip():
+        raise MamaError("the name of an output is empty: give a folder or a file.")
+    path = Path(path).expanduser()
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write(temporary)
-        with open(temporary, "rb+") as file:
-            os.fsync(file.fileno())  # the name must not reach the disk before the contents
-        os.replace(temporary, path)
-    except (OSError, SafetensorError) as error:  # safetensors reports a full disk as an error of its own
-        raise MamaError(f"cannot write {path}: {error}; free some space or choose another output_dir.") from error
-    finally:
-        temporary.unlink(missing_ok=True)
+        sizes = [len(os.fsencode(part)) for part in path.parts] or [0]
+    except UnicodeEncodeError:
+        raise MamaError(f"{path} is a name that no file can have: use other characters.") from None
+    if max(sizes) > 255 or sizes[-1] > _LONGEST or sum(sizes) > 3000:
+        raise MamaError(f"{path} is too long a name: use at most {_LONGEST} characters.")
+    return path
+
+
+def _check_places(folder: Path, files: Iterable[str]) -> None:
+    """Raises `MamaError` if a folder stands where a file will be written, or an adapter beside a new model."""
+    for entry in folder.iterdir() if is_dir(folder) else ():
+        if not entry.is_file() and any(fnmatch.fnmatchcase(entry.name, name) for name in files):
+            raise MamaError(f"{entry} is no file, and one of this name will be written: move it out of there.")
+        if entry.name == "adapter_config.json" and files:
+            raise MamaError(f"{entry} is an adapter's, which would be put on the new model: choose another folder.")
+
+
+def _check_writable(path: Path) -> None:
+    there = path.absolute()
+    while not exists(there):
+        there = there.parent
+    if not is_dir(there):
+        raise MamaError(f"{path} cannot be created, since {there} is a file: choose another name.")
+    if not os.access(there, os.W_OK):
+        raise MamaError(f"{path} cannot be written: choose a folder that belongs to you.")

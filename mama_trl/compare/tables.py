@@ -1,17 +1,17 @@
 """Tables and plots of `mama levels` and `mama ablation`: variants by sparsity, one protocol."""
 
 import csv
-import json
+import io
 import math
-import os
 from pathlib import Path
 
 import matplotlib.pyplot as plt
 from rich.console import Console
 from rich.table import Table
 
-from ..report.plots import COLOURS, METHOD_COLOURS, STYLE, number
+from ..report.plots import COLOURS, METHOD_COLOURS, STYLE, number, png
 from ..solvers.methods import METHODS
+from ..writing import write_bytes, write_json, write_text
 
 LABELS = {name: method.label for name, method in METHODS.items()}
 WIDTH = 100  # columns of a terminal that every table fits into
@@ -26,17 +26,19 @@ def write_comparison(result: dict, folder: str | Path, name: str) -> None:
         name: `levels` or `ablation`.
     """
     folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    _write(folder / f"{name}.json", json.dumps(result, indent=1) + "\n")
-    columns = [key for key in result["rows"][0]]
-    with open(folder / f".{name}.csv.tmp", "w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, columns)
+    table, picture = comparison_table(result), _plot(result)
+    write_json(folder / f"{name}.json", result)
+    write_text(folder / f"{name}.csv", _csv(result["rows"]))
+    write_bytes(folder / f"{name}.png", picture)
+    Console(width=WIDTH).print(table)
+
+
+def _csv(rows: list[dict]) -> str:
+    with io.StringIO(newline="") as file:
+        writer = csv.DictWriter(file, list(rows[0]))
         writer.writeheader()
-        writer.writerows(result["rows"])
-    os.replace(folder / f".{name}.csv.tmp", folder / f"{name}.csv")
-    _plot(result, folder / f"{name}.png")
-    console = Console(width=WIDTH)
-    console.print(comparison_table(result))
+        writer.writerows(rows)
+        return file.getvalue()
 
 
 def comparison_table(result: dict) -> Table:
@@ -85,7 +87,8 @@ def _percent(deviation: float) -> str:
     return f"{100 * deviation:.1f}%" if deviation < 0.1 else f"{100 * deviation:.0f}%"
 
 
-def _plot(result: dict, path: Path) -> None:
+def _plot(result: dict) -> bytes:
+    """The picture as a PNG file."""
     parts = list(dict.fromkeys(row.get("part") for row in result["rows"]))
     with plt.rc_context(STYLE):
         figure, axes = plt.subplots(1, len(parts), figsize=(7 if len(parts) == 1 else 5 * len(parts), 4), squeeze=False)
@@ -107,11 +110,4 @@ def _plot(result: dict, path: Path) -> None:
             axis.axhline(result["vocabulary"], color="black", linestyle=":", linewidth=1, label="uniform guess")
             axis.set(xlabel="sparsity", ylabel="perplexity", yscale="log", title=part or "")
             axis.legend(fontsize=8)
-        figure.savefig(path)
-        plt.close(figure)
-
-
-def _write(path: Path, text: str) -> None:
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)
+        return png(figure)

@@ -9,12 +9,12 @@ import torch
 
 from ..evaluation.size import model_bytes
 from ..evaluation.tasks import generate
-from ..folders import write_atomically
 from ..indicators.history import read_history, take_sample
 from ..masks.files import FOLDER, STATE_FILE
 from ..masks.maskset import MaskSet
 from ..report.html import write_report
 from ..solvers.methods import METHODS
+from ..writing import write_json
 from .recipe import BASELINES, STAGES
 from .run import Run
 
@@ -125,5 +125,5 @@ def report_of(run: Run) -> Path:
         "trajectory": trajectory_curves(run.path("distill"), masks),
         "samples": [{"prompt": p, "dense": d, "pruned": s} for p, d, s in zip(prompts, *samples)],
     }
-    write_atomically(run.folder / "report.json", lambda temporary: temporary.write_text(json.dumps(report, indent=1)))
+    write_json(run.folder / "report.json", report)
     return write_report(report, run.folder)

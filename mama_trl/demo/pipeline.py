@@ -4,32 +4,37 @@ Every stage leaves a folder and, last of all, `stage.json` in it: a killed run g
 finished. All stages share one seed, one tokenizer, one evaluation and one set of calibration tokens.
 """
 
-import json
 import os
-import shutil
-from dataclasses import asdict
 from pathlib import Path
 
-from transformers import LlamaConfig
 from transformers.utils.logging import disable_progress_bar
 
-from ..errors import MamaError
-from ..folders import write_atomically
+from ..lock import locked
+from .claim import check_folder, claim
 from .facts import report_of
 from .recipe import STAGES, RunConfig
 from .run import Run
+from .sections import check_rows, check_shape
 from .stages import baselines, data, distill, distill_arguments, grpo, grpo_arguments, pretrain, sft, sft_arguments
 
 
 def run_pipeline(config_path: str | Path, overwrite: bool = False, **overrides) -> Path:
     """Runs or goes on with a recipe; returns the path of report.html.
 
-    Raises `MamaError` if the output folder holds something else and `overwrite` is false.
+    Raises:
+        MamaError: the recipe makes no sense, the output folder holds something else (or, without `overwrite`, a run of
+            other settings), or another process is at work in it. Nothing is changed then.
     """
-    config = RunConfig.read(config_path, **overrides)
-    run = Run(config)
-    _claim(run, overwrite)
+    run = Run(RunConfig.read(config_path, **overrides))
     check_arguments(run)
+    check_folder(run.config, config_path, overwrite)
+    with locked(run.folder):
+        claim(run.config, overwrite)
+        return _stages(run)
+
+
+def _stages(run: Run) -> Path:
+    """Every stage that is not finished, and the report."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     disable_progress_bar()  # "Loading weights" would interrupt the stages' own bars
     for number, (stage, work) in enumerate(
@@ -54,23 +59,6 @@ def check_arguments(run: Run) -> None:
     sft_arguments(run, "sft")
     grpo_arguments(run)
     distill_arguments(run, "distill")
-    LlamaConfig(**run.config.model)
-
-
-def _claim(run: Run, overwrite: bool) -> None:
-    """Writes run.json; refuses a folder with other contents, or with a run of other settings."""
-    settings = json.loads(json.dumps(asdict(run.config)))
-    path = run.folder / "run.json"
-    if overwrite and run.folder.exists():
-        shutil.rmtree(run.folder)
-    if path.exists():
-        if json.loads(path.read_text()) != settings:
-            raise MamaError(
-                f"`output_dir` {run.folder} holds a run with other settings: choose another folder, or give "
-                "--overwrite to delete it."
-            )
-    elif run.folder.exists() and any(run.folder.iterdir()):
-        raise MamaError(
-            f"`output_dir` {run.folder} holds something else: choose another folder, or give --overwrite to delete it."
-        )
-    write_atomically(path, lambda temporary: temporary.write_text(json.dumps(settings, indent=1)))
+    check_shape(run.config.shape(), run.config.data.vocab_size)
+    for stage in ("pretrain", "sft", "distill"):
+        check_rows(stage, getattr(run.config, stage), run.config.data.sequence_length)

@@ -1,22 +1,21 @@
 """The folder of one run and what its stages share."""
 
-import json
-import shutil
 import time
-from dataclasses import fields
 from pathlib import Path
 from typing import Callable, Optional
 
 import torch
-from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
 
-from ..errors import MamaError
 from ..evaluation.perplexity import perplexity
 from ..evaluation.tasks import task_accuracy
-from ..folders import write_atomically
+from ..masks.tensors import read_tensors
+from ..removal import remove_written
 from . import arithmetic
-from .recipe import RunConfig
+from .names import RUN_NAMES, STAGE_FILE
+from .recipe import STAGES, RunConfig
+from .sections import arguments, check_section
+from .stage_file import read_stage, write_stage
 
 
 class Run:
@@ -26,6 +25,11 @@ class Run:
         self.config = config
         self.folder = Path(config.output_dir)
         self.cuda = torch.cuda.is_available()
+        self._finished: dict[str, dict] = {}
+
+    @property
+    def device(self) -> str:
+        return "cuda" if self.cuda else "cpu"
 
     # ---- finished stages
 
@@ -33,31 +37,36 @@ class Run:
         return self.folder / ("model" if stage == "distill" else stage)
 
     def finished(self, stage: str) -> Optional[dict]:
-        path = self.path(stage) / "stage.json"
-        return json.loads(path.read_text()) if path.exists() else None
+        """What a stage found out; None if it has not come to its end, or if what it left is damaged."""
+        if stage not in self._finished:
+            found = read_stage(self.path(stage), stage)
+            if found is None:
+                return None
+            self._finished[stage] = found
+        return self._finished[stage]
 
     def perform(self, stage: str, work: Callable[[], dict]) -> dict:
-        """Runs `work` unless the stage is done; its result, with seconds, goes to stage.json last of all."""
-        done = self.finished(stage)
-        if done is not None:
-            return done
-        shutil.rmtree(self.path(stage), ignore_errors=True)
-        self.path(stage).mkdir(parents=True)
+        """Runs `work`; its result, with seconds and a list of the files it left, goes to stage.json last of all."""
+        for later in STAGES[STAGES.index(stage) : -1]:  # what rests on this stage is to be done again as well
+            (self.path(later) / STAGE_FILE).unlink(missing_ok=True)
+            self._finished.pop(later, None)
+        remove_written(self.path(stage), RUN_NAMES[self.path(stage).name])
+        self.path(stage).mkdir(parents=True, exist_ok=True)
         set_seed(self.config.seed)
         began = time.perf_counter()
         facts = work()
         facts = {"name": stage, "seconds": round(time.perf_counter() - began, 1), **facts}
-        path = self.path(stage) / "stage.json"
-        write_atomically(path, lambda temporary: temporary.write_text(json.dumps(facts)))
+        self._finished[stage] = write_stage(self.path(stage), facts)
         return facts
 
     # ---- what stages share
 
     def tokenizer(self):
-        return AutoTokenizer.from_pretrained(self.path("data"))
+        return AutoTokenizer.from_pretrained(self.path("data"), trust_remote_code=False)
 
     def rows(self) -> dict[str, torch.Tensor]:
-        return load_file(self.path("data") / "rows.safetensors")
+        """Token ids and labels by kind, as the stage `data` has cut them."""
+        return read_tensors(self.path("data") / "rows.safetensors", "data file", "delete its folder and call again")
 
     def sums(self) -> arithmetic.Sums:
         return arithmetic.sums(self.config.data.operands_from, self.config.data.operands_below, self.config.seed)
@@ -68,10 +77,13 @@ class Run:
         return torch.cat([rows["calibration_text"][:half], rows["calibration_task"][:half]])
 
     def load(self, stage: str):
-        model = AutoModelForCausalLM.from_pretrained(self.path(stage), dtype=torch.float32)
-        return model.cuda() if self.cuda else model
+        model = AutoModelForCausalLM.from_pretrained(
+            self.path(stage), dtype=torch.float32, trust_remote_code=False
+        )
+        return model.to(self.device)
 
-    def arguments(self, cls, stage: str, given: dict, **defaults):
+    def arguments(self, stage: str, given: dict, **defaults):
+        """The trainer's configuration of a stage. Raises `MamaError`."""
         common = {
             "output_dir": str(self.path(stage)),
             "seed": self.config.seed,
@@ -85,11 +97,8 @@ class Run:
             "lr_scheduler_type": "cosine",
             "warmup_steps": 20,
         }
-        known = {f.name for f in fields(cls)}
-        for key in given:
-            if key not in known:
-                raise MamaError(f"section {stage} has the unknown key {key!r}: it takes the fields of {cls.__name__}.")
-        return cls(**{**{k: v for k, v in common.items() if k in known}, **defaults, **given})
+        kind = "distill" if stage == "baselines" else stage
+        return arguments(kind, check_section(kind, given), **{**common, **defaults})
 
     def evaluate(self, model) -> dict:
         """Perplexity on held-out text and accuracy on held-out operands."""

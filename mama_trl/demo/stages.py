@@ -1,18 +1,18 @@
 """The stages of a run: data, pre-training, SFT, GRPO, distillation, baselines."""
 
-import shutil
-
 import torch
 from datasets import Dataset
-from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PrinterCallback
 from trl import SFTConfig, SFTTrainer
 
 from ..config import MamaConfig
+from ..errors import MamaError
 from ..evaluation.size import sparsity_by_matrix
 from ..evaluation.text import blocks
 from ..export.packed import save_packed
+from ..masks.tensors import write_tensors
 from ..pruning.prune import prune
+from ..removal import MODEL_NAMES, remove_written
 from ..training.callback import MamaCallback
 from ..training.distillation.config import MamaDistillationConfig
 from ..training.distillation.trainer import MamaDistillationTrainer
@@ -39,7 +39,13 @@ def data(run: Run, label: str) -> dict:
         bar.update()
         task, labels = arithmetic.demonstrations(tokenizer, run.sums().train, len(train), length, seed)
         half = data.calibration_blocks // 2
-        save_file(
+        if len(train) <= half:
+            raise MamaError(
+                f"`characters` is {data.characters}, which makes {len(train)} blocks of text, all of which "
+                f"`calibration_blocks` ({data.calibration_blocks}) takes: raise the one or lower the other."
+            )
+        write_tensors(
+            run.path("data") / "rows.safetensors",
             {
                 "calibration_text": train[:half].contiguous(),
                 "calibration_task": task[:half].contiguous(),
@@ -48,7 +54,7 @@ def data(run: Run, label: str) -> dict:
                 "task_labels": labels[half:].contiguous(),
                 "heldout": heldout.contiguous(),
             },
-            run.path("data") / "rows.safetensors",
+            {"format": "mama-rows-1"},
         )
         bar.update()
     return {"steps": 0, "tokens": train.numel(), "corpus": text.facts, "task": run.sums().facts}
@@ -56,7 +62,7 @@ def data(run: Run, label: str) -> dict:
 
 def sft_arguments(run: Run, stage: str) -> SFTConfig:
     return run.arguments(
-        SFTConfig, stage, getattr(run.config, stage), dataset_kwargs={"skip_prepare_dataset": True},
+        stage, getattr(run.config, stage), dataset_kwargs={"skip_prepare_dataset": True},
         max_length=None, packing=False,
     )
 
@@ -101,15 +107,10 @@ def _record_only(run: Run, stage: str) -> MamaCallback:
 
 def pretrain(run: Run, label: str) -> dict:
     tokenizer = run.tokenizer()
-    shape = {
-        "attention_bias": True, "mlp_bias": True, "tie_word_embeddings": True, "hidden_size": 128,
-        "intermediate_size": 384, "num_hidden_layers": 4, "num_attention_heads": 4, "num_key_value_heads": 4,
-        "max_position_embeddings": 2 * run.config.data.sequence_length, **run.config.model,
-    }
     model = LlamaForCausalLM(
         LlamaConfig(
             vocab_size=len(tokenizer), pad_token_id=tokenizer.pad_token_id, eos_token_id=tokenizer.eos_token_id,
-            bos_token_id=None, **shape,
+            bos_token_id=None, **run.config.shape(),
         )
     )
     return _supervised(run, "pretrain", label, model, 0.0)
@@ -132,7 +133,7 @@ def _supervised(run: Run, stage: str, label: str, model, task_share: float) -> d
 
 def grpo_arguments(run: Run) -> MamaGRPOConfig:
     return run.arguments(
-        MamaGRPOConfig, "grpo", run.config.grpo, sparsity=run.config.sparsity, logging_steps=1,
+        "grpo", run.config.grpo, sparsity=run.config.sparsity, logging_steps=1,
         max_completion_length=4, lr_scheduler_type="constant_with_warmup", warmup_steps=2,
     )
 
@@ -152,7 +153,7 @@ def grpo(run: Run, label: str) -> dict:
 
 def distill_arguments(run: Run, stage: str) -> MamaDistillationConfig:
     return run.arguments(
-        MamaDistillationConfig, stage, run.config.distill, sparsity=run.config.sparsity,
+        stage, run.config.distill, sparsity=run.config.sparsity,
         dataset_kwargs={"skip_prepare_dataset": True}, max_length=None, packing=False,
     )
 
@@ -189,11 +190,12 @@ def baselines(run: Run, label: str) -> dict:
         folder = run.path("baselines") / method
         model.save_pretrained(folder)
         masks.save(folder)
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).to(model.device)
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, trust_remote_code=False)
+        model = model.to(run.device)
         trainer, losses[method] = _distilled(run, "baselines", f"{label} ({method})", model)
         distilled = {"sparsity": trainer.mama.sparsity, **run.evaluate(trainer.model)}
         results[method] = {"oneshot": oneshot, "distilled": distilled}
         steps += trainer.state.global_step
         tokens += trainer._total_train_tokens
-        shutil.rmtree(folder)
+        remove_written(folder, MODEL_NAMES)
     return {"steps": steps, "tokens": int(tokens), "results": results, "loss": losses}

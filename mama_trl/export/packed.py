@@ -1,16 +1,15 @@
 """A small file for a sparse model: one safetensors file with the kept values and bit masks."""
 
-import json
+import math
 from pathlib import Path
 
-from safetensors import safe_open
-from safetensors.torch import save_file
+import torch
 from torch import Tensor, nn
 
 from ..errors import MamaError
-from ..folders import write_atomically
-from ..masks.bits import pack_bits, unpack_bits
+from ..masks.bits import bytes_for, count, pack_bits, unpack_bits
 from ..masks.maskset import MaskSet
+from ..masks.tensors import TensorFile, write_tensors
 
 
 def save_packed(model: nn.Module, masks: MaskSet, path: str | Path) -> int:
@@ -33,25 +32,50 @@ def save_packed(model: nn.Module, masks: MaskSet, path: str | Path) -> int:
             shapes[name] = list(value.shape)
         else:
             tensors[f"dense/{name}"] = value.cpu().contiguous()
-    header = {"format": "mama-packed-1", "shapes": json.dumps(shapes), "tied": json.dumps(tied)}
     path = Path(path)
-    write_atomically(path, lambda temporary: save_file(tensors, temporary, metadata=header))
+    write_tensors(path, tensors, {"format": "mama-packed-2", "shapes": shapes, "tied": tied})
     return path.stat().st_size
 
 
 def load_packed(path: str | Path) -> dict[str, Tensor]:
-    """The state dict that `save_packed` wrote, bit for bit."""
-    with safe_open(path, "pt") as file:
-        header = file.metadata()
-        shapes, tied = json.loads(header["shapes"]), json.loads(header["tied"])
-        state = {}
-        for key in file.keys():
-            kind, _, name = key.partition("/")
-            if kind == "dense":
-                state[name] = file.get_tensor(key)
-            elif kind == "values":
-                values = file.get_tensor(key)
-                mask = unpack_bits(file.get_tensor(f"mask/{name}"), tuple(shapes[name]))
-                state[name] = values.new_zeros(shapes[name]).masked_scatter_(mask, values)
-    state.update({name: state[origin] for name, origin in tied.items()})
+    """The state dict that `save_packed` wrote, bit for bit. Raises `MamaError` if the file is damaged."""
+    file = TensorFile(path, "packed file", "pack the model again")
+    shapes, tied = _header(file)
+    state = {}
+    for key in file.names:
+        kind, _, name = key.partition("/")
+        if kind == "dense":
+            state[name] = file.read(key)
+        elif kind == "values":
+            state[name] = _unpacked(file, name, shapes)
+        elif kind != "mask":
+            raise file.damaged(f"it has an unknown {key}")
+    for name, origin in tied.items():
+        if origin not in state:
+            raise file.damaged(f"{name} is tied to {origin}, which it does not hold")
+        state[name] = state[origin]
     return state
+
+
+def _unpacked(file: TensorFile, name: str, shapes: dict[str, tuple]) -> Tensor:
+    values, bits = file.read(f"values/{name}"), file.read(f"mask/{name}")
+    shape = shapes.get(name)
+    if shape is None or bits.dtype != torch.uint8 or bits.shape != (bytes_for(math.prod(shape)),):
+        raise file.damaged(f"the mask of {name} does not have the shape that its header says")
+    if values.dim() != 1 or int(count(bits)) != len(values):
+        raise file.damaged(f"{name} has {values.numel()} values for {int(count(bits))} kept connections")
+    mask = unpack_bits(bits, shape)
+    if int(mask.sum()) != len(values):
+        raise file.damaged(f"the mask of {name} keeps connections beyond its end")
+    return values.new_zeros(shape).masked_scatter_(mask, values)
+
+
+def _header(file: TensorFile) -> tuple[dict[str, tuple], dict[str, str]]:
+    """Shapes of the masked parameters, and which names are tied to which. Raises `MamaError` if they make no sense."""
+    found = [file.header.get(name) for name in ("shapes", "tied")]
+    shapes, tied = found
+    if not all(isinstance(entry, dict) for entry in found) or not all(isinstance(name, str) for name in tied.values()):
+        raise file.damaged("its header does not say what is tied and of which shape")
+    if not all(isinstance(s, list) and all(type(n) is int and n >= 0 for n in s) for s in shapes.values()):
+        raise file.damaged("its header has shapes that are none")
+    return {name: tuple(shape) for name, shape in shapes.items()}, tied

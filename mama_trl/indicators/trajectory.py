@@ -146,7 +146,7 @@ class Trajectory:
         ranges = {shard.name: (shard.start, shard.length) for shard in self.shards}
         tensors = {f"{name}/{key}": flat for name, group in self._flat.items() for key, flat in group.items()}
         header = {
-            "format": "mama-statistics-2",
+            "format": "mama-statistics-3",
             "shapes": {shard.name: shard.shape for shard in self.shards},
             "counts": {name: int(count) for name, count in self.counts.items()},
             "skipped": int(self.skipped),

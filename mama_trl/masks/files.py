@@ -4,24 +4,27 @@ A rank on its own writes `STEM.safetensors`, rank r of n `STEM-r-of-n.safetensor
 what any other number wrote: a reader asks for a flat range of a name and gets it from whichever files hold it.
 """
 
-import json
 import re
 from pathlib import Path
 from typing import Optional
 
 import torch
-from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from ..engines import ranks
 from ..errors import MamaError
-from ..folders import write_atomically
 from .bits import bytes_for, pack_bits, unpack_flags
+from .tensors import TensorFile, write_tensors
 
 FOLDER = "mama"  # beside the model's own files
 STATE_FILE = "state.json"  # in FOLDER, written last: where it is missing, the save was cut off
 STEMS = ("masks", "statistics", "inputs", "regime")  # of all files of tensors in FOLDER
+_KINDS = {"masks": "mask"}
+_HEADERS = {  # what a header must hold, by stem
+    "masks": {"shapes": dict, "pattern": str, "kept": dict},
+    "statistics": {"shapes": dict, "counts": dict, "skipped": int, "history": list},
+}
+_BITS = torch.uint8
 
 
 def file_name(stem: str, group: ranks.Group) -> str:
@@ -45,11 +48,9 @@ def write_ranges(
     Files of the same stem that another number of ranks wrote are stale afterwards: see `forget_others`.
     """
     path = Path(folder) / FOLDER / file_name(stem, group)
-    metadata = {key: json.dumps(value) for key, value in {**header, "ranges": ranges}.items()}
     # Empty tensors carry nothing but a name, which `ranges` has too.
-    full = {name: tensor.cpu().contiguous() for name, tensor in tensors.items() if tensor.numel()}
-    write_atomically(path, lambda temporary: save_file(full, temporary, metadata=metadata))
-    return path
+    full = {name: tensor for name, tensor in tensors.items() if tensor.numel()}
+    return write_tensors(path, full, {**header, "ranges": ranges})
 
 
 def forget_others(folder: str | Path, stem: str, group: ranks.Group) -> None:
@@ -58,6 +59,18 @@ def forget_others(folder: str | Path, stem: str, group: ranks.Group) -> None:
     for path in files_of(Path(folder) / FOLDER, stem):
         if not path.name.endswith(keep):
             path.unlink(missing_ok=True)
+
+
+def _ranges(file: TensorFile) -> dict[str, tuple[int, int]]:
+    """(start, length) of each tensor of a file. Raises `MamaError` if its header has none that make sense."""
+    ranges = file.header.get("ranges")
+    plain = isinstance(ranges, dict) and all(
+        isinstance(pair, list) and len(pair) == 2 and all(type(n) is int and n >= 0 for n in pair)
+        for pair in ranges.values()
+    )
+    if not plain or any(name not in file.names for name, (_, length) in ranges.items() if length):
+        raise file.damaged("its header does not say which part of what it holds")
+    return {name: (start, length) for name, (start, length) in ranges.items()}
 
 
 class RangeReader:
@@ -71,17 +84,21 @@ class RangeReader:
         self.where = Path(folder) / FOLDER
         paths = files_of(self.where, stem)
         self._check_complete(paths, stem)
-        self._files = []
+        self._files: list[tuple[TensorFile, dict[str, tuple[int, int]]]] = []
         self.header: dict = {}
         for path in paths:
-            try:
-                file = safe_open(path, "pt")
-                metadata = {key: json.loads(value) for key, value in file.metadata().items()}
-                self._files.append((file, metadata.pop("ranges")))
-            except Exception as error:
-                kind = {"masks": "mask"}.get(stem, stem)
-                raise MamaError(f"{path} is no readable {kind} file ({error}): delete it or restore it.") from None
-            self.header = self.header or metadata
+            file = TensorFile(path, f"{_KINDS.get(stem, stem)} file", "delete it or restore it")
+            for entry, kind in _HEADERS.get(stem, {}).items():
+                if not isinstance(file.header.get(entry), kind):
+                    raise file.damaged(f"its header has no `{entry}`")
+            self._files.append((file, _ranges(file)))
+            self.header = self.header or {key: value for key, value in file.header.items() if key != "ranges"}
+        if not self._files[0][0].names and not self._files[0][1]:
+            raise self._files[0][0].damaged("it holds nothing")
+
+    def damaged(self, reason: str) -> MamaError:
+        """The error that names the first file."""
+        return self._files[0][0].damaged(reason)
 
     @classmethod
     def find(cls, folder: str | Path, stem: str) -> Optional["RangeReader"]:
@@ -119,7 +136,9 @@ class RangeReader:
             low, high = max(position, own), min(end, own + size)
             if low != position or low >= high:
                 continue
-            whole = file.get_slice(name)
+            whole = file.read(name)
+            if whole.dim() != 1 or len(whole) != (bytes_for(size) if bits else size) or bits != (whole.dtype == _BITS):
+                raise file.damaged(f"{name} has another size or type than its header says")
             if bits:
                 first = (low - own) // 8
                 flags = unpack_flags(whole[first : bytes_for(high - own)])

@@ -7,6 +7,7 @@ from typing import Iterable, Optional
 import torch
 from torch import Tensor, nn
 
+from ..config import parse_pattern
 from ..engines import ranks
 from ..engines.detect import shards_of
 from ..engines.shard import Shard, full_shape, fused_groups, group_of
@@ -204,16 +205,19 @@ class MaskSet:
 
         `zeros` are those of the weights beside which the masks are saved, as in the constructor.
         """
-        header = {"shapes": self.shapes, "pattern": self.pattern, "kept": self.kept, "format": "mama-masks-2"}
+        header = {"shapes": self.shapes, "pattern": self.pattern, "kept": self.kept, "format": "mama-masks-3"}
         if zeros is not None:
             header["zeros"] = zeros
         return write_ranges(folder, STEM, self.bits, self.ranges, header, group_of(self._shards))
 
     @classmethod
-    def load(cls, folder: str | Path, model: Optional[nn.Module] = None) -> Optional["MaskSet"]:
+    def load(
+        cls, folder: str | Path, model: Optional[nn.Module] = None, zeros: bool = True
+    ) -> Optional["MaskSet"]:
         """Reads what any number of ranks saved; None if there is no mask file.
 
-        With a `model` whose parameters are spread over ranks, only what this rank owns is read.
+        With a `model` whose parameters are spread over ranks, only what this rank owns is read; with `zeros`, what is
+        pruned must be zero in it.
 
         Raises:
             MamaError: a file is damaged or missing, or (with `model`) the masks are another model's.
@@ -221,9 +225,8 @@ class MaskSet:
         reader = RangeReader.find(folder, STEM)
         if reader is None:
             return None
-        shapes = {name: tuple(shape) for name, shape in reader.header["shapes"].items()}
-        header = reader.header
-        result = cls({}, shapes, header["pattern"], kept=header["kept"], zeros=header.get("zeros"))
+        shapes, pattern, kept = _header(reader)
+        result = cls({}, shapes, pattern, kept=kept, zeros=_zeros(reader, shapes))
         shards = []
         if model is not None:
             result.check(model, str(Path(folder) / FOLDER))
@@ -231,6 +234,49 @@ class MaskSet:
             shards = shards_of((name, parameters[name]) for name in shapes)
             result.ranges = {shard.name: (shard.start, shard.length) for shard in shards}
         result.bits = {name: reader.read(name, *result.ranges[name], bits=True) for name in shapes}
+        result._check_counts(reader, group_of(shards))
         if model is not None:
             result.bind(shards)
+            if zeros:
+                result.check_zeros(str(Path(folder) / FOLDER))
         return result
+
+    def _check_counts(self, reader: RangeReader, group: ranks.Group) -> None:
+        """Raises `MamaError` if the bits are not those that the header counts. Collective where ranks share them."""
+        if not self.bits:
+            return
+        counts = torch.stack([count(own) for own in self.bits.values()])
+        for name, found in zip(self.bits, ranks.total(counts, group).tolist()):
+            if found != self.kept[name]:
+                raise reader.damaged(f"it keeps {found} connections of {name}, not the {self.kept[name]} that it says")
+
+    def check_zeros(self, where: str) -> None:
+        """Raises `MamaError` if connections that are pruned here have weights: the masks are another model's.
+
+        `where` names the file. Collective.
+        """
+        wrong = self.verify() if self._shards else 0
+        if wrong:
+            raise MamaError(
+                f"{where} holds masks that prune {wrong} connections whose weights are not zero: they belong to "
+                "another model; give its own masks, or set inherit_masks to false."
+            )
+
+
+def _header(reader: RangeReader) -> tuple[dict[str, tuple], str, dict[str, int]]:
+    """Shapes, pattern and kept counts of a mask file. Raises `MamaError` if they make no sense."""
+    shapes, pattern, kept = (reader.header.get(name) for name in ("shapes", "pattern", "kept"))
+    plain = isinstance(shapes, dict) and isinstance(kept, dict) and shapes.keys() == kept.keys() and all(
+        isinstance(shape, list) and all(type(size) is int and size > 0 for size in shape) for shape in shapes.values()
+    )
+    if not plain or not isinstance(pattern, str) or not all(type(number) is int for number in kept.values()):
+        raise reader.damaged("its header says nothing of shapes, pattern and counts")
+    parse_pattern(pattern)
+    return {name: tuple(shape) for name, shape in shapes.items()}, pattern, kept
+
+
+def _zeros(reader: RangeReader, shapes: dict[str, tuple]) -> Optional[dict[str, int]]:
+    """Zeros of the weights beside which a mask file was written; None if it does not say."""
+    zeros = reader.header.get("zeros")
+    plain = isinstance(zeros, dict) and zeros.keys() == shapes.keys()
+    return zeros if plain and all(type(number) is int for number in zeros.values()) else None

@@ -14,12 +14,13 @@ from ..calibration.progress import Progress
 from ..calibration.stagewise import stagewise
 from ..config import RECORDED_BUDGETS, PruningOptions, check_choice
 from ..engines.detect import shards_of
-from ..errors import MamaError
+from ..errors import MamaError, shown
 from ..indicators.calibration_gradients import sensitivities
 from ..indicators.combine import Criterion
 from ..indicators.source import ScoreSource, StoredScores
 from ..masks.known import remember
 from ..masks.maskset import MaskSet
+from ..model.fits import check_fits
 from ..model.targets import Target, find_targets
 from ..selection.allocation import allocate
 from ..solvers.magnitude import magnitude
@@ -67,6 +68,7 @@ def prune(
         MamaError: a value makes no sense or would have no effect, or calibration tokens or scores are missing.
     """
     options = PruningOptions(sparsity=sparsity, **options)
+    check_calibration(calibration)
     if isinstance(method, str):
         method = METHODS[check_choice(method, tuple(METHODS), "method")]
     scores = scores if scores is not None else StoredScores()
@@ -75,6 +77,7 @@ def prune(
     check_method(options, method, calibration is not None)
     check_scores(options, method, scores, layer_sparsity is not None)
     check_redistribution(options, placement.targets)
+    check_fits(placement.targets, options)
     if not isinstance(placement, DistributedPlacement):
         check_not_denser(placement.targets, options.sparsity, layer_sparsity)
     if layer_sparsity is None:
@@ -97,6 +100,17 @@ def prune(
         check_solved(shards_of(followed), None if calibration is None else calibration.numel())
         remember(model, result)
     return result
+
+
+def check_calibration(calibration: Optional[Tensor]) -> None:
+    """Raises `MamaError` if `calibration` is given and is no token ids."""
+    if calibration is None:
+        return
+    if not isinstance(calibration, Tensor) or calibration.dim() != 2 or calibration.is_floating_point():
+        found = list(calibration.shape) if isinstance(calibration, Tensor) else shown(calibration)
+        raise MamaError(f"`calibration` is {found}: give token ids, whole numbers of shape (n, sequence_length).")
+    if not calibration.numel() or calibration.shape[1] < 2:
+        raise MamaError(f"`calibration` has shape {list(calibration.shape)}: give sequences of at least two tokens.")
 
 
 def check_method(options: PruningOptions, method: Method, calibration: bool) -> None:

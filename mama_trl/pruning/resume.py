@@ -2,22 +2,26 @@
 
 import hashlib
 import json
-import shutil
+import logging
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from ..calibration.progress import Progress
-from ..errors import MamaError
-from ..folders import write_atomically
-from ..masks.bits import pack_bits, unpack_bits
+from ..errors import MamaError, shown
+from ..folders import LOCK
+from ..masks.bits import bytes_for, pack_bits, unpack_bits
+from ..masks.tensors import TensorFile, write_tensors
 from ..model.targets import Target
+from ..paths import is_dir, is_file
+from ..removal import remove_written
+from ..writing import WRITING, write_json
 
+logger = logging.getLogger(__name__)
 FOLDER = ".progress"  # inside the output folder, removed at the end
 COMMAND = "command.json"
-NAMES = (COMMAND, "block-*.safetensors", "outside.safetensors", ".*.tmp")  # all that lies in FOLDER
+NAMES = {COMMAND: None, "block-*.safetensors": None, "outside.safetensors": None, ".*.tmp": None}
 
 
 def fingerprint(model: nn.Module, rows: Tensor) -> str:
@@ -47,18 +51,25 @@ class Unfinished:
         self.folder = Path(output) / FOLDER
         self._command = json.loads(json.dumps(command))
         self._overwrite = overwrite
+        self._whole: set[Path] = set()  # files of blocks that have been read and are as they were written
         self._check(self._stored())
 
     @staticmethod
     def exists(output: str | Path) -> bool:
-        """Whether a killed command left its work there, or began to, or had begun to take it away."""
-        folder = Path(output) / FOLDER
-        return folder.is_dir() and all(any(map(entry.match, NAMES)) for entry in folder.iterdir())
+        """Whether a killed command left its work there, had just begun to, or was about to take it away."""
+        output, folder = Path(output), Path(output) / FOLDER
+        if not is_dir(folder):
+            return False
+        if is_file(folder / COMMAND):
+            return True
+        ours = all(entry.match(".*.tmp") for entry in folder.iterdir())
+        alone = all(entry.name in (FOLDER, LOCK, WRITING) for entry in output.iterdir())
+        return ours and (alone or is_file(output / "config.json"))
 
     @property
     def blocks(self) -> int:
         """How many finished blocks are stored."""
-        return len(list(self.folder.glob("*.safetensors")))
+        return 0 if self._stored() is None else len(list(self.folder.glob("*.safetensors")))
 
     def begin(self, model: nn.Module, rows: Tensor) -> None:
         """Compares the dense model and the tokens with those of the stored state, and writes what this run is.
@@ -66,9 +77,12 @@ class Unfinished:
         Raises `MamaError` if the model or the tokens have changed since.
         """
         self._command["model and calibration tokens"] = fingerprint(model, rows)
-        self._check(self._stored())
-        text = json.dumps(self._command, indent=1)
-        write_atomically(self.folder / COMMAND, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+        stored = self._stored()
+        if stored is None and self.folder.exists():
+            logger.warning("%s holds blocks of nobody knows which command: all are done again.", self.folder)
+            self.remove()
+        self._check(stored, begin=True)
+        write_json(self.folder / COMMAND, self._command)
 
     def store(self, targets: list[Target], masks: dict[str, Tensor]) -> None:
         """Writes weights, biases and masks (out, in) of the finished block `targets`."""
@@ -78,15 +92,24 @@ class Unfinished:
             tensors[f"mask {target.name}"] = pack_bits(masks[target.name]).cpu()
             if target.bias is not None:
                 tensors[f"bias {target.name}"] = target.bias.detach().cpu().clone()
-        write_atomically(self._file(targets), lambda temporary: save_file(tensors, temporary))
+        write_tensors(self._file(targets), tensors, {"format": "mama-progress-2"})
+        self._whole.add(self._file(targets))
 
     def holds(self, targets: list[Target]) -> bool:
-        """Whether the block `targets` is stored."""
-        return self._file(targets).exists()
+        """Whether the block `targets` is stored; a damaged file is deleted, which is logged, and done again."""
+        path = self._file(targets)
+        if path not in self._whole and path.exists():
+            try:
+                self._read(targets)
+                self._whole.add(path)
+            except MamaError as error:
+                logger.warning("a finished block is done again: %s", error)
+                path.unlink(missing_ok=True)
+        return path in self._whole
 
     def restore(self, targets: list[Target], masks: dict[str, Tensor]) -> None:
         """Writes a stored block into the model and `masks`."""
-        stored = load_file(self._file(targets))
+        stored = self._read(targets)
         for target in targets:
             target.matrix.copy_(stored[f"weight {target.name}"])
             bits = stored[f"mask {target.name}"].to(target.parameter.device)
@@ -95,31 +118,49 @@ class Unfinished:
                 target.bias.data.copy_(stored[f"bias {target.name}"])
 
     def remove(self) -> None:
-        shutil.rmtree(self.folder, ignore_errors=True)
+        """Deletes the stored blocks, and the folder if nothing else lies in it; last of all what they belong to."""
+        self._whole.clear()
+        remove_written(self.folder, {name: inner for name, inner in NAMES.items() if name != COMMAND})
+        remove_written(self.folder, NAMES)
+
+    def _read(self, targets: list[Target]) -> dict[str, Tensor]:
+        """The tensors of a stored block. Raises `MamaError` if they are not those of `targets`."""
+        file = TensorFile(self._file(targets), "block of an unfinished pruning", "it is done again")
+        found = {}
+        for target in targets:
+            wanted = {f"weight {target.name}": target.shape, f"mask {target.name}": (bytes_for(target.matrix.numel()),)}
+            if target.bias is not None:
+                wanted[f"bias {target.name}"] = tuple(target.bias.shape)
+            for name, shape in wanted.items():
+                found[name] = file.read(name)
+                if tuple(found[name].shape) != shape:
+                    raise file.damaged(f"{name} has another shape")
+        return found
 
     def _file(self, targets: list[Target]) -> Path:
         block = targets[0].block
         return self.folder / ("outside.safetensors" if block is None else f"block-{block:05d}.safetensors")
 
-    def _stored(self) -> dict:
+    def _stored(self) -> dict | None:
+        """What the stored work belongs to; None if that is not there or not to be read."""
         try:
-            return json.loads((self.folder / COMMAND).read_text(encoding="utf-8"))
-        except (OSError, ValueError):
-            return {}
+            stored = json.loads((self.folder / COMMAND).read_text(encoding="utf-8"))
+        except (OSError, ValueError, RecursionError):
+            return None
+        return stored if isinstance(stored, dict) else None
 
-    def _check(self, stored: dict) -> None:
+    def _check(self, stored: dict | None, begin: bool = False) -> None:
         for name, value in self._command.items():
-            if name in stored and stored[name] != value:
+            if stored is not None and name in stored and stored[name] != value:
                 if self._overwrite:
-                    self.remove()
+                    if begin:
+                        self.remove()
                     return
-                was = "other ones" if name.startswith("model and") else f"{stored[name]!r}, not {value!r}"
+                was = "other ones" if name.startswith("model and") else f"{shown(stored[name])}, not {shown(value)}"
                 raise MamaError(
                     f"{self.folder.parent} holds the unfinished work of another command ({name}: {was}): call that one "
                     "again to finish it, or give --overwrite to start anew."
                 )
-        if not stored and self.folder.exists():
-            self.remove()  # blocks of nobody knows what
 
 
 class KeptProgress(Progress):

@@ -1,11 +1,13 @@
 """One HTML file that opens offline, with the pictures inside."""
 
 import base64
-import os
 from pathlib import Path
 
 from jinja2 import Environment, PackageLoader
 
+from ..errors import MamaError, first_line
+from ..writing import write_bytes, write_text
+from .check import check_report
 from .plots import draw_all, number
 from .summary import rows
 
@@ -32,24 +34,32 @@ def headline(report: dict) -> str:
 
 
 def write_report(report: dict, folder: str | Path) -> Path:
-    """Writes the PNG plots and `report.html` into `folder`; returns the path of the latter."""
+    """Writes the PNG plots and `report.html` into `folder`; returns the path of the latter.
+
+    Raises:
+        MamaError: the report is damaged; nothing is written then.
+    """
     folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
+    check_report(report, str(folder / "report.json"))
+    try:
+        drawn = draw_all(report)
+        page = page_of(report, drawn)
+    except Exception as error:  # what no check of types foresees, such as a title that is no text for a plot
+        raise MamaError(f"{folder / 'report.json'} is damaged ({first_line(error)}): run `mama run` again.") from error
+    for name, (data, _) in drawn.items():
+        write_bytes(folder / name, data)
+    write_text(folder / "report.html", page)
+    return folder / "report.html"
+
+
+def page_of(report: dict, drawn: dict[str, tuple[bytes, str]]) -> str:
+    """The page, with the pictures inside."""
     pictures = [
-        {
-            "name": name,
-            "caption": caption,
-            "data": base64.b64encode((folder / name).read_bytes()).decode(),
-        }
-        for name, caption in draw_all(report, folder).items()
+        {"name": name, "caption": caption, "data": base64.b64encode(data).decode()}
+        for name, (data, caption) in drawn.items()
     ]
     environment = Environment(loader=PackageLoader("mama_trl.report", "."), autoescape=True)
     environment.filters["number"] = number
-    page = environment.get_template("template.html.jinja").render(
+    return environment.get_template("template.html.jinja").render(
         report=report, headline=headline(report), rows=rows(report), pictures=pictures, labels=report.get("labels", {})
     )
-    path = folder / "report.html"
-    temporary = folder / ".report.html.tmp"
-    temporary.write_text(page, encoding="utf-8")
-    os.replace(temporary, path)
-    return path

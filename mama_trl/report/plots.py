@@ -1,6 +1,6 @@
 """The report's pictures. Each function takes the report and an Axes or Figure; nothing here computes results."""
 
-from pathlib import Path
+import io
 from typing import Callable
 
 import matplotlib
@@ -170,14 +170,22 @@ def number(value: float) -> str:
     return f"{value:.0f}" if value >= 100 else f"{value:.2f}"
 
 
-def draw_all(report: dict, folder: Path) -> dict[str, str]:
-    """Writes the PNGs that the report has data for; returns caption by file name."""
-    written = {}
+def png(figure) -> bytes:
+    """A figure as a PNG file; the figure is closed."""
+    with io.BytesIO() as file:
+        try:
+            figure.savefig(file, format="png")
+        finally:
+            plt.close(figure)
+        return file.getvalue()
+
+
+def draw_all(report: dict) -> dict[str, tuple[bytes, str]]:
+    """PNG and caption, by file name, of every picture that the report has data for."""
+    drawn = {}
     with plt.rc_context(STYLE):
         for name, (draw, caption) in PLOTS.items():
             figure = draw(report)
             if figure is not None:
-                figure.savefig(folder / f"{name}.png")
-                plt.close(figure)
-                written[f"{name}.png"] = caption
-    return written
+                drawn[f"{name}.png"] = (png(figure), caption)
+    return drawn

@@ -78,38 +78,39 @@ def main(args) -> dict:
     from .levels import parse_levels
 
     levels = parse_levels(args.levels)
-    setting = Comparison(args)
-    targets = find_targets(setting.model, experts=True)
-    trials: list[dict] = []
-    bar = None
-    for seed in setting.seeds:
-        rows = setting.rows(seed)
-        setting.restore()
-        plans = variants(setting, targets, rows, args.batch_size)
-        bar = bar or tqdm(desc="ablation", total=len(plans) * len(levels) * len(setting.seeds))
-        for level in levels:
-            plain = None  # MAMA as it is stands in several parts and is measured once
-            for part, name, options in plans:
-                if options.get("budget") in RECORDED_BUDGETS:  # blended as the default is: only the scores differ
-                    options = {**options, "budget_blend": default_blend("gradients", level)}
-                asked = bool(options) and options != {"redistribution": "least_squares"}
-                if asked or plain is None:
-                    found = trial(
-                        setting.model, setting.dense, rows, setting.heldout, args.batch_size, sparsity=level, **options
-                    )
-                    plain = plain if asked else found
-                trials.append({
-                    "part": part, "method": name, "sparsity": level, "seed": seed, **(found if asked else plain)
-                })
-                bar.update()
-    bar.close()
-    parts = list(dict.fromkeys(row["part"] for row in trials))
-    trials.sort(key=lambda row: parts.index(row["part"]))
-    rows = summarise(trials, ("part", "method", "sparsity"), setting.reference["nats"], setting.vocabulary)
-    result = {**setting.described(), "rows": rows, "trials": trials}
-    write_comparison(result, setting.output, "ablation")
-    print(setting.output / "ablation.png")
-    return result
+    with Comparison(args, "ablation") as setting:
+        targets = find_targets(setting.model, experts=True)
+        trials: list[dict] = []
+        bar = None
+        for seed in setting.seeds:
+            rows = setting.rows(seed)
+            setting.restore()
+            plans = variants(setting, targets, rows, args.batch_size)
+            bar = bar or tqdm(desc="ablation", total=len(plans) * len(levels) * len(setting.seeds))
+            for level in levels:
+                plain = None  # MAMA as it is stands in several parts and is measured once
+                for part, name, options in plans:
+                    if options.get("budget") in RECORDED_BUDGETS:  # blended as the default is: only the scores differ
+                        options = {**options, "budget_blend": default_blend("gradients", level)}
+                    asked = bool(options) and options != {"redistribution": "least_squares"}
+                    if asked or plain is None:
+                        found = trial(
+                            setting.model, setting.dense, rows, setting.heldout, args.batch_size, sparsity=level,
+                            **options,
+                        )
+                        plain = plain if asked else found
+                    trials.append({
+                        "part": part, "method": name, "sparsity": level, "seed": seed, **(found if asked else plain)
+                    })
+                    bar.update()
+        bar.close()
+        parts = list(dict.fromkeys(row["part"] for row in trials))
+        trials.sort(key=lambda row: parts.index(row["part"]))
+        rows = summarise(trials, ("part", "method", "sparsity"), setting.reference["nats"], setting.vocabulary)
+        result = {**setting.described(), "rows": rows, "trials": trials}
+        write_comparison(result, setting.output, "ablation")
+        print(setting.output / "ablation.png")
+        return result
 
 
 def run(argv: list[str]) -> int:

@@ -1,9 +1,9 @@
 """`mama evaluate`: perplexity with its protocol, sparsity and size of a saved model."""
 
-import json
 from pathlib import Path
 
 from ..folders import check_output_file
+from ..writing import write_json
 from .parser import CommandParser, positive
 
 DESCRIPTION = """Measure a saved model on a text.
@@ -35,17 +35,27 @@ def size_of(source: str, model) -> int:
 
 
 def main(args) -> dict:
-    from ..evaluation.loading import check_model_source, load_model, load_tokenizer, sequence_length
+    from ..evaluation.loading import (
+        check_ids,
+        check_model_source,
+        check_tokenizer,
+        load_model,
+        load_tokenizer,
+        sequence_length,
+    )
     from ..evaluation.perplexity import perplexity
     from ..evaluation.size import sparsity_by_kind
     from ..evaluation.text import blocks, heldout_text
 
-    check_model_source(args.model)
-    check_output_file(args.json)
+    check_output_file(args.json, {"the model": args.model, "the text": args.text})
+    check_model_source(args.model, trust_remote_code=args.trust_remote_code)
     text = heldout_text(args.text)
-    length = sequence_length(args.model, args.sequence_length)
-    rows = blocks(load_tokenizer(args.model), text, length, limit=args.blocks)
-    model = load_model(args.model, args.dtype)
+    length = sequence_length(args.model, args.sequence_length, args.trust_remote_code)
+    tokenizer = load_tokenizer(args.model, args.trust_remote_code)
+    check_tokenizer(tokenizer, args.model, args.trust_remote_code)
+    rows = blocks(tokenizer, text, length, limit=args.blocks)
+    check_ids(rows, args.model, args.trust_remote_code)
+    model = load_model(args.model, args.dtype, args.trust_remote_code)
     numbers = {
         "model": args.model,
         "text": args.text,
@@ -55,7 +65,7 @@ def main(args) -> dict:
     }
     show(numbers)
     if args.json:
-        Path(args.json).write_text(json.dumps(numbers, indent=1) + "\n", encoding="utf-8")
+        write_json(args.json, numbers)
     return numbers
 
 

@@ -32,7 +32,7 @@ def make_parser():
 
 def reward_functions(names: list[str]) -> list:
     """The functions behind the names. Raises `MamaError` for a name that leads nowhere."""
-    from ..errors import MamaError
+    from ..errors import MamaError, first_line, shown
     from ..evaluation.rewards import accuracy
 
     found = []
@@ -42,38 +42,43 @@ def reward_functions(names: list[str]) -> list:
             continue
         module, _, attribute = name.rpartition(".")
         if not module:
-            raise MamaError(f"`reward_funcs` has {name!r}: use accuracy, or a dotted path such as my_rewards.length.")
+            raise MamaError(f"`reward_funcs` has {shown(name)}: use accuracy, or a dotted path such as rewards.length.")
         if os.getcwd() not in sys.path:
             sys.path.insert(0, os.getcwd())
         try:
-            found.append(getattr(importlib.import_module(module), attribute))
-        except (ImportError, AttributeError) as error:
-            raise MamaError(f"`reward_funcs` has {name!r}, which cannot be imported: {error}.") from None
+            reward = getattr(importlib.import_module(module), attribute)
+        except Exception as error:  # whatever a user's module does when it is imported
+            said = f"{type(error).__name__}: {first_line(error)}"
+            raise MamaError(f"`reward_funcs` has {shown(name)}, which cannot be imported: {said}.") from error
+        if not callable(reward):
+            raise MamaError(f"`reward_funcs` has {shown(name)}, which is no function but {shown(reward)}.")
+        found.append(reward)
     return found
 
 
 def main(training_args, script_args, model_args, dataset_args) -> None:
     from ..errors import MamaError
-    from ..evaluation.loading import load_tokenizer
     from ..training.grpo.trainer import MamaGRPOTrainer
     from . import data, training
 
-    resume = training.check_run(script_args, training_args, model_args)
-    rewards = reward_functions(script_args.reward_funcs)
-    train_data, eval_data = data.prepared(script_args, training_args, dataset_args, completions=False)
-    columns = list(train_data.column_names or ["prompt", "answer"])
-    for column, needed in (("prompt", True), ("answer", "accuracy" in script_args.reward_funcs)):
-        if needed and column not in columns:
-            raise MamaError(f"the dataset has no column `{column}`, only {', '.join(columns)}: rename one.")
-    tokenizer = load_tokenizer(model_args.model_name_or_path)
-    if script_args.chat and tokenizer.chat_template is None:
-        raise MamaError(f"`chat` is set, but {model_args.model_name_or_path} has no chat template: leave it out.")
-    training.model_options(training_args, model_args)
-    trainer = MamaGRPOTrainer(
-        model_args.model_name_or_path, rewards, args=training_args, train_dataset=train_data, eval_dataset=eval_data,
-        processing_class=tokenizer,
-    )
-    training.train(trainer, resume, script_args.dataset_name, script_args.overwrite)
+    with training.claimed(training_args, script_args, training_args, model_args, dataset_args) as resume:
+        rewards = reward_functions(script_args.reward_funcs)
+        train_data, eval_data = data.prepared(script_args, training_args, dataset_args, completions=False)
+        columns = list(train_data.column_names or ["prompt", "answer"])
+        for column, needed in (("prompt", True), ("answer", "accuracy" in script_args.reward_funcs)):
+            if needed and column not in columns:
+                raise MamaError(f"the dataset has no column `{column}`, only {', '.join(columns)}: rename one.")
+            if needed:
+                data.check_filled(train_data, column)
+        tokenizer = training.tokenizer_of(training_args, model_args)
+        if script_args.chat and tokenizer.chat_template is None:
+            raise MamaError(f"`chat` is set, but {model_args.model_name_or_path} has no chat template: leave it out.")
+        training.model_options(training_args, model_args)
+        trainer = training.trainer_of(
+            MamaGRPOTrainer, model_args.model_name_or_path, rewards, args=training_args, train_dataset=train_data,
+            eval_dataset=eval_data, processing_class=tokenizer,
+        )
+        training.train(trainer, resume, script_args.dataset_name, script_args.overwrite)
 
 
 def run(argv: list[str]) -> int:

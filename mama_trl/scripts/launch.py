@@ -4,8 +4,11 @@ import subprocess
 from importlib.resources import files
 from pathlib import Path
 
-from ..errors import MamaError
-from .parser import nearest
+from ..errors import MamaError, shown
+from ..fields import nearest
+from ..paths import is_file
+from ..training.settings import refusals_of
+from ..yaml_files import read_settings
 
 ACCELERATE_CONFIGS = ("single", "ddp", "zero1", "zero2", "zero3", "zero3-offload", "fsdp2", "two-node")
 
@@ -21,10 +24,11 @@ def accelerate_file(name: str) -> Path:
     """Path of a bundled config, or of the file `name`. Raises `MamaError` if it is neither."""
     if name in ACCELERATE_CONFIGS:
         return Path(str(files("mama_trl") / "accelerate_configs" / f"{name}.yaml"))
-    if Path(name).is_file():
+    if is_file(name):
+        read_settings(name, f"accelerate_config {name}")
         return Path(name)
     raise MamaError(
-        f"`accelerate_config` is {name!r}, neither a file nor one of {', '.join(ACCELERATE_CONFIGS)}."
+        f"`accelerate_config` is {shown(name)}, neither a file nor one of {', '.join(ACCELERATE_CONFIGS)}."
     )
 
 
@@ -64,9 +68,12 @@ def hand_over(parser, config: str, extra: list[str], argv: list[str]) -> int:
     from accelerate.commands.launch import launch_command, launch_command_parser
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
-    arguments = launch_command_parser().parse_args(launch_arguments(parser, config, extra, argv))
+    theirs = launch_command_parser()
+    theirs.error = parser.error  # one sentence instead of a page of usage
+    arguments = theirs.parse_args(launch_arguments(parser, config, extra, argv))
     try:
-        launch_command(arguments)
+        with refusals_of(f"accelerate ({config})"):
+            launch_command(arguments)
     except subprocess.CalledProcessError as error:  # the process has said why on stderr
         return error.returncode
     except ChildFailedError as error:

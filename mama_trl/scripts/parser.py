@@ -1,12 +1,12 @@
 """The parser of the commands without training, and its types."""
 
 import argparse
-import difflib
 import math
 from dataclasses import MISSING, fields
 
 from ..config import PruningOptions
-from ..errors import MamaError
+from ..errors import MamaError, shown
+from ..fields import check_value
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
@@ -20,14 +20,27 @@ class CommandParser(argparse.ArgumentParser):
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )
 
+    def parse_args(self, args=None, namespace=None):
+        """As in argparse; texts that no file, tokenizer or terminal can have are refused too."""
+        parsed = super().parse_args(args, namespace)
+        for name, value in vars(parsed).items():
+            for text in value if isinstance(value, list) else [value]:
+                if isinstance(text, str):
+                    check_value(name, text, str)
+        return parsed
+
     def error(self, message: str):
         raise MamaError(f"{message} (see `{self.prog} --help`)")
 
     def add_measuring(self) -> None:
         """The options of every command that runs a model over blocks of text."""
-        self.add_argument("--sequence_length", type=positive, help="tokens of a block (default: the model's, to 2048)")
+        self.add_argument("--sequence_length", type=several, help="tokens of a block (default: the model's, to 2048)")
         self.add_argument("--batch_size", type=positive, default=8, help="blocks at once (default 8)")
         self.add_argument("--dtype", default="auto", choices=DTYPES, help="how to load the weights (default: as saved)")
+        self.add_argument(
+            "--trust_remote_code", action="store_true",
+            help="run the Python code that the model brings with it; never without this flag",
+        )
 
     def add_options(self) -> None:
         """One flag for each field of `PruningOptions`, with its help and default; see `options_of`."""
@@ -43,7 +56,7 @@ class CommandParser(argparse.ArgumentParser):
     def add_calibration(self) -> None:
         """The options of every command that draws calibration tokens."""
         self._add_draw()
-        self.add_argument("--seed", type=int, default=0, help="draws the calibration blocks (default 0)")
+        self.add_argument("--seed", type=seed, default=0, help="draws the calibration blocks (default 0)")
 
     def add_comparison(self, levels: str) -> None:
         """What every command takes that compares perplexities over levels and several draws of calibration tokens."""
@@ -72,12 +85,26 @@ def options_of(args, **changes):
 
 def positive(text: str) -> int:
     """argparse type: an integer of at least 1."""
+    return _whole(text, 1, "no whole number above 0")
+
+
+def several(text: str) -> int:
+    """argparse type: an integer of at least 2, such as the tokens of a block, the first of which is not scored."""
+    return _whole(text, 2, "no whole number above 1")
+
+
+def seed(text: str) -> int:
+    """argparse type: an integer that random generators take."""
+    return _whole(text, 0, "no whole number from 0 to 4294967295", 2**32 - 1)
+
+
+def _whole(text: str, least: int, otherwise: str, most: int = 2**31 - 1) -> int:
     try:
         value = int(text)
     except ValueError:
-        value = 0
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is no whole number above 0")
+        value = least - 1
+    if not least <= value <= most:
+        raise argparse.ArgumentTypeError(f"{shown(text)} is {otherwise}{', or too large' if value > most else ''}")
     return value
 
 
@@ -88,11 +115,5 @@ def share(text: str) -> float:
     except ValueError:
         value = math.nan
     if not math.isfinite(value):
-        raise argparse.ArgumentTypeError(f"{text!r} is no number; give a share such as 0.8")
+        raise argparse.ArgumentTypeError(f"{shown(text)} is no number; give a share such as 0.8")
     return value
-
-
-def nearest(name: str, known) -> str:
-    """`" Did you mean --x?"`, or nothing."""
-    near = difflib.get_close_matches(name, list(known), n=1)
-    return f" Did you mean {near[0]}?" if near else ""

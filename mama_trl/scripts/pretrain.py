@@ -31,44 +31,52 @@ def make_parser():
 
 def new_model(source: str, options: dict, tokenizer, seed: int):
     """A model of `source`'s architecture with random weights. Raises `MamaError` if the tokenizer does not fit."""
-    from transformers import AutoConfig, AutoModelForCausalLM, set_seed
+    from transformers import AutoModelForCausalLM, set_seed
 
     from ..errors import MamaError, first_line
+    from ..evaluation.loading import load_config, vocabulary_of
 
     options = {name: value for name, value in options.items() if value is not None}
-    try:
-        config = AutoConfig.from_pretrained(source, revision=options.pop("revision", None))
-    except (OSError, ValueError) as error:
-        raise MamaError(f"no config.json can be loaded from {source}: {first_line(error)}") from None
-    if len(tokenizer) > config.vocab_size:
+    trust = options.pop("trust_remote_code", False)
+    config = load_config(source, trust, options.pop("revision", None))
+    if len(tokenizer) > (vocabulary_of(config) or len(tokenizer)):
         raise MamaError(
             f"the tokenizer of {source} has {len(tokenizer)} tokens and its config.json a `vocab_size` of "
-            f"{config.vocab_size}: make it at least as large."
+            f"{vocabulary_of(config)}: make it at least as large."
         )
     set_seed(seed)
-    return AutoModelForCausalLM.from_config(config, **options)
+    try:
+        return AutoModelForCausalLM.from_config(config, trust_remote_code=trust, **options)
+    except (ValueError, TypeError, KeyError, ImportError, RuntimeError) as error:  # also more memory than there is
+        raise MamaError(f"no model can be made of the config.json of {source}: {first_line(error)}.") from error
 
 
 def main(config, script_args, training_args, model_args, dataset_args) -> None:
     from trl import SFTTrainer
 
-    from ..evaluation.loading import load_tokenizer
     from ..training.callback import MamaCallback
     from . import data, training
 
-    resume = training.check_run(script_args, training_args, model_args, needs_weights=not script_args.from_scratch)
-    train_data, eval_data = data.split_data(data.load_data(script_args, dataset_args), script_args, training_args)
-    options = training.model_options(training_args, model_args)
-    tokenizer = load_tokenizer(model_args.model_name_or_path)
-    model = model_args.model_name_or_path
-    if script_args.from_scratch:
-        model = new_model(model, options, tokenizer, training_args.seed)
-        training_args.model_init_kwargs = None
-    trainer = SFTTrainer(
-        model, args=training_args, train_dataset=train_data, eval_dataset=eval_data, processing_class=tokenizer,
-        callbacks=[MamaCallback(config, stage="pretrain")],
-    )
-    training.train(trainer, resume, script_args.dataset_name, script_args.overwrite)
+    source, scratch = model_args.model_name_or_path, script_args.from_scratch
+    with training.claimed(config, script_args, training_args, model_args, dataset_args, not scratch) as resume:
+        train_data, eval_data = data.split_data(
+            data.load_data(script_args, dataset_args), script_args, training_args
+        )
+        for part in (train_data, eval_data):
+            if part is not None:
+                data.check_rows(part, [training_args.dataset_text_field])
+                data.check_learnable(part, training_args.dataset_text_field)
+        options = training.model_options(training_args, model_args)
+        tokenizer = training.tokenizer_of(training_args, model_args)
+        model = source
+        if scratch:
+            model = new_model(source, options, tokenizer, training_args.seed)
+            training_args.model_init_kwargs = None
+        trainer = training.trainer_of(
+            SFTTrainer, model, args=training_args, train_dataset=train_data, eval_dataset=eval_data,
+            processing_class=tokenizer, callbacks=[MamaCallback(config, stage="pretrain")],
+        )
+        training.train(trainer, resume, script_args.dataset_name, script_args.overwrite)
 
 
 def run(argv: list[str]) -> int:

@@ -1,10 +1,14 @@
 """`mama prune`: one-shot pruning of a saved model."""
 
 import argparse
+from contextlib import contextmanager
 
 from ..config import check_choice, check_sparsity
 from ..errors import MamaError
-from ..folders import check_output_dir, remove_model_files
+from ..folders import check_output_dir
+from ..lock import locked
+from ..removal import MODEL_FILES, remove_model_files
+from ..writing import write_folder
 from .parser import CommandParser, options_of
 
 DESCRIPTION = """Prune a saved model without training it, block by block.
@@ -57,22 +61,31 @@ def main(args) -> None:
 
 
 def prune_connections(args) -> None:
-    from ..evaluation.loading import check_model_source, load_model
+    from ..evaluation.loading import check_model_source
+    from ..pruning.prune import check_method
+    from ..solvers.methods import METHODS
+    from .fits import check_fits_source
+
+    options = options_of(args)
+    method = METHODS[check_choice(args.method, tuple(METHODS), "method")]
+    check_method(options, method, args.calibration is not None)
+    check_model_source(args.model, trust_remote_code=args.trust_remote_code)
+    check_fits_source(args.model, options, args.trust_remote_code)
+    with _begun(args) as (unfinished, tokenizer, rows):
+        _prune(args, options, method, unfinished, tokenizer, rows)
+
+
+def _prune(args, options, method, unfinished, tokenizer, rows) -> None:
+    from ..evaluation.loading import load_model
     from ..indicators.combine import Criterion
     from ..indicators.recorded import recorded
     from ..indicators.source import StoredScores
     from ..model.targets import find_targets
     from ..pruning.placement import LocalPlacement
-    from ..pruning.prune import check_method, check_scores, prune
+    from ..pruning.prune import check_scores, prune
     from ..pruning.resume import KeptProgress
-    from ..solvers.methods import METHODS
 
-    options = options_of(args)
-    method = METHODS[check_choice(args.method, tuple(METHODS), "method")]
-    check_method(options, method, args.calibration is not None)
-    check_model_source(args.model)
-    unfinished, tokenizer, rows = _begin(args)
-    model = load_model(args.model, args.dtype)
+    model = load_model(args.model, args.dtype, args.trust_remote_code)
     targets = find_targets(model, options.target_modules, options.exclude_modules, experts=True)
     needed = Criterion(options.weights).sourced or options.budget not in (None, "uniform", "gradients")
     scores = StoredScores(recorded(args.model, model, targets) if needed else {})
@@ -97,10 +110,9 @@ def prune_connections(args) -> None:
 
 
 def remove_structures(args) -> None:
-    from ..evaluation.loading import check_model_source, load_model
+    from ..evaluation.loading import check_model_source
     from ..masks.maskset import MaskSet
-    from ..pruning.resume import KeptProgress
-    from ..pruning.structures.remove import STRUCTURE_METHODS, prune_structures
+    from ..pruning.structures.remove import STRUCTURE_METHODS
 
     sparsity = check_sparsity(0.5 if args.sparsity is None else args.sparsity)
     check_choice(args.method, STRUCTURE_METHODS, "method")
@@ -110,7 +122,7 @@ def remove_structures(args) -> None:
             raise MamaError(
                 f"`{name}` is {getattr(args, name)!r}, which removing whole {args.pattern} does not take: leave it out."
             )
-    check_model_source(args.model)
+    check_model_source(args.model, trust_remote_code=args.trust_remote_code)
     if args.calibration is None:
         raise MamaError(f"`calibration` is missing: pattern {args.pattern} measures activations: give a text file.")
     if MaskSet.load(args.model) is not None:
@@ -118,12 +130,20 @@ def remove_structures(args) -> None:
             f"{args.model} has masks, which do not fit a model with fewer {args.pattern}: remove whole structures "
             "first, from the dense model, and single connections after."
         )
-    unfinished, tokenizer, rows = _begin(args)
-    model = load_model(args.model, args.dtype)
+    with _begun(args) as (unfinished, tokenizer, rows):
+        _remove(args, sparsity, options.redistribution, unfinished, tokenizer, rows)
+
+
+def _remove(args, sparsity, redistribution, unfinished, tokenizer, rows) -> None:
+    from ..evaluation.loading import load_model
+    from ..pruning.resume import KeptProgress
+    from ..pruning.structures.remove import prune_structures
+
+    model = load_model(args.model, args.dtype, args.trust_remote_code)
     _announce(unfinished, model, rows)
     dense = model.num_parameters()
     small = prune_structures(
-        model, rows, args.pattern, sparsity, args.method, options.redistribution, batch_size=args.batch_size,
+        model, rows, args.pattern, sparsity, args.method, redistribution, batch_size=args.batch_size,
         seed=args.seed, progress=KeptProgress(f"prune {args.pattern} ({args.method})", unfinished),
     )
     output = _save(small, tokenizer, args.output)
@@ -131,20 +151,34 @@ def remove_structures(args) -> None:
     print(f"{small.num_parameters():,} of {dense:,} parameters stay ({args.method}, {args.pattern}): {output}")
 
 
-def _begin(args):
-    """(what an earlier call left, tokenizer, calibration sequences or None), all checks of folders done."""
-    from ..evaluation.loading import load_tokenizer, sequence_length
+@contextmanager
+def _begun(args):
+    """(what an earlier call left, tokenizer, calibration sequences or None), all checks done and the folder held."""
+    from ..evaluation.loading import check_ids, check_tokenizer, load_tokenizer, sequence_length
     from ..evaluation.text import calibration_rows
     from ..pruning.resume import Unfinished
 
-    output = check_output_dir(args.output, args.overwrite or Unfinished.exists(args.output), args.model)
+    output = _check_output(args)
     unfinished = Unfinished(output, _command(args), args.overwrite)
-    tokenizer = load_tokenizer(args.model)
+    tokenizer = load_tokenizer(args.model, args.trust_remote_code)
+    check_tokenizer(tokenizer, args.model, args.trust_remote_code)
     rows = None
     if args.calibration is not None:
-        length = sequence_length(args.model, args.sequence_length)
+        length = sequence_length(args.model, args.sequence_length, args.trust_remote_code)
         rows = calibration_rows(tokenizer, args.calibration, length, args.calibration_tokens, args.seed)
-    return unfinished, tokenizer, rows
+        check_ids(rows, args.model, args.trust_remote_code)
+    with locked(output):
+        _check_output(args)  # nobody has finished there meanwhile
+        yield unfinished, tokenizer, rows
+
+
+def _check_output(args):
+    """The output folder. Raises `MamaError` if it holds something, or writing there would change what is read."""
+    from ..pruning.resume import Unfinished
+
+    inputs = {"the model": args.model, "the calibration text": args.calibration}
+    overwrite = args.overwrite or Unfinished.exists(args.output)
+    return check_output_dir(args.output, overwrite, inputs, files=MODEL_FILES)
 
 
 def _announce(unfinished, model, rows) -> None:
@@ -155,10 +189,12 @@ def _announce(unfinished, model, rows) -> None:
 
 def _save(model, tokenizer, output):
     output = check_output_dir(output, overwrite=True)
-    output.mkdir(parents=True, exist_ok=True)
-    remove_model_files(output)
-    model.save_pretrained(output)
-    tokenizer.save_pretrained(output)
+
+    def write(folder):
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+
+    write_folder(output, write, before=remove_model_files)
     return output
 
 

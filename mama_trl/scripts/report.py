@@ -3,7 +3,10 @@
 import json
 from pathlib import Path
 
-from ..errors import MamaError
+from ..errors import MamaError, first_line
+from ..folders import check_output_dir
+from ..paths import is_file
+from ..report.check import check_report
 from .parser import CommandParser
 
 DESCRIPTION = """Rebuild report.html and the plots of a finished run from its report.json.
@@ -19,12 +22,14 @@ def make_parser():
 
 def main(args) -> None:
     path = Path(args.run).expanduser() / "report.json"
-    if not path.is_file():
+    if not is_file(path):
         raise MamaError(f"{path} does not exist: give the folder of a finished run, such as runs/demo.")
     try:
         numbers = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise MamaError(f"{path} is no valid JSON ({error}): run again.") from None
+    except (OSError, ValueError, RecursionError) as error:
+        raise MamaError(f"{path} is no valid JSON ({first_line(error)}): run again.") from None
+    check_output_dir(path.parent, overwrite=True)
+    check_report(numbers, str(path))
     from ..report.html import write_report
     from ..report.summary import print_summary
 

@@ -5,7 +5,7 @@ import warnings
 from pathlib import Path
 
 from ..errors import MamaError
-from .parser import CommandParser
+from .parser import CommandParser, seed
 
 DESCRIPTION = """Run every stage of a recipe: pre-train, fine-tune, GRPO, distil, evaluate, report.
 
@@ -18,7 +18,7 @@ def make_parser():
     parser = CommandParser("run", DESCRIPTION)
     parser.add_argument("recipe", metavar="RECIPE", help="YAML recipe, such as configs/demo.yaml")
     parser.add_argument("--output_dir", metavar="DIR", help="folder of the run (default: the recipe's)")
-    parser.add_argument("--seed", type=int, help="seed of data, weights and sampling (default: the recipe's)")
+    parser.add_argument("--seed", type=seed, help="seed of data, weights and sampling (default: the recipe's)")
     parser.add_argument("--overwrite", action="store_true", help="start anew in a folder that holds something")
     return parser
 

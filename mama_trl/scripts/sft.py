@@ -21,19 +21,18 @@ def make_parser():
 def main(config, script_args, training_args, model_args, dataset_args) -> None:
     from trl import SFTTrainer
 
-    from ..evaluation.loading import load_tokenizer
     from ..training.callback import MamaCallback
     from . import data, training
 
-    resume = training.check_run(script_args, training_args, model_args)
-    train_data, eval_data = data.prepared(script_args, training_args, dataset_args, completions=True)
-    training.model_options(training_args, model_args)
-    trainer = SFTTrainer(
-        model_args.model_name_or_path, args=training_args, train_dataset=train_data, eval_dataset=eval_data,
-        processing_class=load_tokenizer(model_args.model_name_or_path),
-        callbacks=[MamaCallback(config, stage="sft")],
-    )
-    training.train(trainer, resume, script_args.dataset_name, script_args.overwrite)
+    with training.claimed(config, script_args, training_args, model_args, dataset_args) as resume:
+        train_data, eval_data = data.prepared(script_args, training_args, dataset_args, completions=True)
+        training.model_options(training_args, model_args)
+        trainer = training.trainer_of(
+            SFTTrainer, model_args.model_name_or_path, args=training_args, train_dataset=train_data,
+            eval_dataset=eval_data, processing_class=training.tokenizer_of(training_args, model_args),
+            callbacks=[MamaCallback(config, stage="sft")],
+        )
+        training.train(trainer, resume, script_args.dataset_name, script_args.overwrite)
 
 
 def run(argv: list[str]) -> int:

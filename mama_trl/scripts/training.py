@@ -3,54 +3,125 @@
 import json
 import logging
 import os
+import shutil
 import sys
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import Optional
+from typing import Any, Iterator, Optional
 
 from transformers import TrainerCallback
 
+from ..config import MamaConfig
 from ..engines import ranks
-from ..errors import MamaError
-from ..evaluation.loading import check_model_source
-from ..folders import check_output_dir
-from ..masks.files import FOLDER, STATE_FILE
+from ..errors import MamaError, first_line
+from ..evaluation.loading import check_model_source, check_tokenizer, load_tokenizer
+from ..folders import check_output_dir, holds_something
+from ..lock import locked
+from ..masks.files import FOLDER, STATE_FILE, files_of
+from ..masks.maskset import STEM as MASKS
+from ..paths import check_not_written
+from ..removal import MODEL_FILES, remove_weights
 from ..training.callback import MamaCallback
 from ..training.checkpoints import checkpoints, choose, remove_ours
 from ..training.integrations import connect
+from ..training.settings import check_buildable, check_schedule
+from ..writing import WRITING, move_into
+from .fits import check_fits_source
+from .inputs import inputs_of
 
 logger = logging.getLogger(__name__)
 
 
-def check_run(script_args, training_args, model_args, needs_weights: bool = True):
-    """Checks before any compute; returns what to resume from (path or None).
+@contextmanager
+def claimed(
+    config: MamaConfig, script_args, training_args, model_args, dataset_args, needs_weights: bool = True
+) -> Iterator[Optional[str]]:
+    """Checks before any compute, then holds the output folder for this run; gives what to resume from, path or None.
 
     Raises:
-        MamaError: no model, a folder without weights, adapters, or an output_dir in use.
+        MamaError: no model, a folder without weights or with others, adapters, settings that cannot be had, an
+            output_dir in use, or one through which something that is read would be changed.
     """
-    if not model_args.model_name_or_path:
+    resume = check_run(config, script_args, training_args, model_args, dataset_args, needs_weights)
+    with locked(training_args.output_dir) if _first_rank() else nullcontext():
+        yield resume
+
+
+def check_run(config, script_args, training_args, model_args, dataset_args, needs_weights: bool = True):
+    """The checks of `claimed`."""
+    source = model_args.model_name_or_path
+    if not source:
         raise MamaError("`model_name_or_path` is missing: give a model folder or a hub id.")
-    check_model_source(model_args.model_name_or_path, needs_weights)
     for name in ("use_peft", "load_in_8bit", "load_in_4bit"):
         if getattr(model_args, name):
             raise MamaError(f"`{name}` is set, which is not supported yet: train the full weights without adapters.")
-    asked = training_args.resume_from_checkpoint
-    asked = {"true": True, "false": None}.get(str(asked).lower(), asked)
-    output = Path(training_args.output_dir)
-    resume = ranks.decided(lambda: choose(output, asked))
+    resume = _resumed(training_args)
     _check_ranks(resume, training_args)
-    if resume is None:
-        ranks.decided(lambda: _check_output(output, script_args.overwrite, asked is True, model_args))
+    inputs = inputs_of(script_args, training_args, model_args, dataset_args)
+    ranks.decided(lambda: _check_output(script_args, training_args, inputs, resume))
+    check_buildable(training_args)
+    check_schedule(config, training_args.max_steps)
+    check_model_source(source, needs_weights, training_args.trust_remote_code)
+    check_fits_source(source, config, training_args.trust_remote_code)
     return resume
 
 
-def _check_output(output: Path, overwrite: bool, again: bool, model_args) -> None:
+def _first_rank() -> bool:
+    return int(os.environ.get("RANK", 0)) == 0
+
+
+def _resumed(training_args) -> Optional[str]:
+    """The checkpoint to go on from; None to start at the beginning. Collective.
+
+    Raises `MamaError` if the one that is named is no folder or not whole, or if all there are are damaged.
+    """
+    asked = training_args.resume_from_checkpoint
+    if asked is None or str(asked).lower() == "false":
+        return None
+    return ranks.decided(lambda: choose(training_args.output_dir, True if _again(training_args) else asked))
+
+
+def _again(training_args) -> bool:
+    return str(training_args.resume_from_checkpoint).lower() == "true"
+
+
+def _check_output(script_args, training_args, inputs: dict[str, Any], resume: Optional[str]) -> None:
+    """Raises `MamaError` if the run cannot have its output folder."""
+    output, given = Path(training_args.output_dir), training_args.output_dir
     # Asked to go on where nothing whole was left: what the first save left half-written is in nobody's way.
-    if checkpoints(output) and not overwrite and not again:
-        raise MamaError(
-            f"`output_dir` is {output}, which holds an earlier run: go on with --resume_from_checkpoint true, start "
-            "anew with --overwrite true, or choose another."
-        )
-    check_output_dir(output, overwrite or again, model_args.model_name_or_path)
+    own = _again(training_args) or resume is not None and output.resolve() in Path(resume).resolve().parents
+    if resume is None and not own and not script_args.overwrite and holds_something(output):
+        if checkpoints(output):
+            raise MamaError(
+                f"`output_dir` is {output}, which holds an earlier run: go on with --resume_from_checkpoint true, "
+                "start anew with --overwrite true, or choose another."
+            )
+    rewards = [what for what in inputs if what.startswith("reward ")]
+    beside = ["the checkpoint", "the config file", "the engine's config", *rewards]
+    if resume is not None and Path(inputs["the model"]).resolve() == Path(resume).resolve():
+        beside.append("the model")  # which the checkpoint's weights replace in any case
+    inputs["the checkpoint"] = resume
+    check_output_dir(given, script_args.overwrite or own, inputs, beside, MODEL_FILES)
+    for what in beside[1:]:
+        check_not_written(inputs.get(what), MODEL_FILES, given)
+
+
+def tokenizer_of(training_args, model_args):
+    """The model's tokenizer. Raises `MamaError` if it does not belong to the model."""
+    tokenizer = load_tokenizer(model_args.model_name_or_path, training_args.trust_remote_code)
+    check_tokenizer(tokenizer, model_args.model_name_or_path, training_args.trust_remote_code)
+    return tokenizer
+
+
+def trainer_of(cls: type, *args, **kwargs):
+    """A trainer. Raises `MamaError` for what it says against its model, its data or its arguments."""
+    try:
+        return cls(*args, **kwargs)
+    except (MamaError, OSError, MemoryError):
+        raise
+    except Exception as error:  # what any data make templates, tokenizers and checks say
+        logger.debug("%s could not be made", cls.__name__, exc_info=True)
+        raise MamaError(f"{cls.__name__} cannot be set up: {first_line(error)}.") from error
 
 
 def _check_ranks(resume: Optional[str], training_args) -> None:
@@ -58,7 +129,11 @@ def _check_ranks(resume: Optional[str], training_args) -> None:
     state = Path(resume) / FOLDER / STATE_FILE if resume else None
     if state is None or not state.is_file() or not os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true":
         return
-    written, here = json.loads(state.read_text(encoding="utf-8")).get("ranks"), int(os.environ.get("WORLD_SIZE", 1))
+    try:
+        written = json.loads(state.read_text(encoding="utf-8")).get("ranks")
+    except (OSError, ValueError, AttributeError):
+        return  # which is said when the checkpoint is read
+    here = int(os.environ.get("WORLD_SIZE", 1))
     if written not in (None, here):
         raise MamaError(
             f"{resume} was written by {written} processes and this run has {here}, where DeepSpeed does not load its "
@@ -72,6 +147,7 @@ def model_options(training_args, model_args) -> dict:
         "revision": model_args.model_revision,
         "attn_implementation": model_args.attn_implementation,
         "dtype": model_args.dtype,
+        "trust_remote_code": training_args.trust_remote_code,
         **(training_args.model_init_kwargs or {}),
     }
     training_args.model_init_kwargs = options
@@ -100,7 +176,7 @@ def train(trainer, resume, dataset_name: Optional[str], overwrite: bool = False)
         trainer.add_callback(StartsAnew())
     trainer.train(resume_from_checkpoint=resume)
     args = trainer.args
-    trainer.save_model(args.output_dir)
+    _save(trainer, Path(args.output_dir))
     if trainer.is_world_process_zero():
         print(f"model saved in {args.output_dir}", file=sys.stderr)
     ours = next(each for each in trainer.callback_handler.callbacks if isinstance(each, MamaCallback))
@@ -109,3 +185,26 @@ def train(trainer, resume, dataset_name: Optional[str], overwrite: bool = False)
     trainer.end()
     if ours.missed is not None:
         raise MamaError(ours.missed)
+
+
+def _save(trainer, folder: Path) -> None:
+    """Writes model, tokenizer and masks into `folder`, where they appear when they are whole. Collective."""
+    temporary = folder / WRITING
+    if trainer.args.should_save:
+        shutil.rmtree(temporary, ignore_errors=True)  # what a killed run has left
+    trainer.accelerator.wait_for_everyone()
+
+    def before(folder: Path) -> None:
+        remove_weights(folder)
+        new = [path.name for path in files_of(temporary / FOLDER, MASKS)]
+        for path in files_of(folder / FOLDER, MASKS) if new else ():
+            if path.name not in new:  # a part of them, as each rank has written its own
+                path.unlink()
+
+    try:
+        trainer.save_model(str(temporary), _internal_call=True)
+        trainer.accelerator.wait_for_everyone()
+        if trainer.args.should_save:
+            move_into(temporary, folder, before)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)

@@ -2,18 +2,20 @@
 
 import argparse
 import os
-from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Callable, Optional
+from contextlib import contextmanager
+from dataclasses import dataclass, field, fields
+from typing import Callable, Iterator, Optional
 
-import yaml
 from transformers.utils import is_torch_bf16_gpu_available
 from trl import ScriptArguments, TrlParser
 
 from ..config import MamaConfig
-from ..errors import MamaError, first_line
-from .launch import ACCELERATE_CONFIGS, hand_over, without
-from .parser import nearest
+from ..errors import MamaError, shown
+from ..fields import check_mapping, nearest
+from ..paths import check_paths
+from ..training.settings import RANGES, check_values, refusals_of
+from ..yaml_files import read_settings
+from .launch import ACCELERATE_CONFIGS, accelerate_file, hand_over, without
 
 # Of some 250 flags, those a first run needs; `--help_all` shows the others.
 FIRST_FLAGS = (
@@ -114,28 +116,83 @@ def parse(parser: TrainingParser, argv: list[str]) -> Optional[tuple]:
         parser.show_help("--help_all" in argv)
         return None
     recipe = read_recipe(argv)
-    known = {action.dest for action in parser._actions}
-    for key in recipe:
-        if key not in known and key != "env":
-            raise MamaError(f"the config file has {key!r}, which {parser.prog} does not know.{nearest(key, known)}")
-    rest = without(argv, "--config")
-    namespace, unknown = parser.parse_known_args(rest)
-    launcher = namespace.accelerate_config or recipe.get("accelerate_config")
+    environment = _environment(recipe.pop("env", None))
+    plain, _ = parser.parse_known_args([])
+    with _defaults(parser, _checked(parser, recipe)):
+        namespace, unknown = parser.parse_known_args(without(argv, "--config"))
+    given = argparse.Namespace(**{name: v for name, v in vars(namespace).items() if v != getattr(plain, name)})
+    for cls in parser.dataclass_types:
+        check_values(given, cls)
+    vars(namespace).update(vars(given))
+    # What only shows in several values together, before processes are started.
+    MamaConfig(**{option.name: getattr(namespace, option.name) for option in fields(MamaConfig)})
     launched = "LOCAL_RANK" in os.environ or "ACCELERATE_MIXED_PRECISION" in os.environ
-    if launcher and not launched:
-        code = hand_over(parser, launcher, unknown, argv)
+    if namespace.accelerate_config and not launched:
+        engines_own = {"the engine's config": accelerate_file(namespace.accelerate_config)}
+        check_paths([namespace.output_dir], engines_own, beside=engines_own)
+        code = hand_over(parser, namespace.accelerate_config, unknown, argv)
         if code:
             raise SystemExit(code)
         return None
     for flag in unknown:
-        raise MamaError(f"{parser.prog} does not know {flag}.{nearest(flag, parser.flags)}")
+        raise MamaError(f"{parser.prog} does not know {shown(flag)}.{nearest(flag, parser.flags)}")
+    os.environ.update(environment)
+    return _remember(_filled(parser, namespace), argv)
+
+
+def _checked(parser: TrainingParser, recipe: dict) -> dict:
+    """The settings of a config file, each as its field wants it. Raises `MamaError`."""
+    known = {action.dest for action in parser._actions}
+    checked = {}
+    for name, value in recipe.items():
+        if name not in known:
+            hint = nearest(name, known)
+            raise MamaError(f"the config file has {shown(name)}, which {parser.prog} does not know.{hint}")
+        cls = next((cls for cls in parser.dataclass_types if name in {f.name for f in fields(cls)}), None)
+        checked |= check_mapping({name: value}, cls, "the config file", RANGES) if cls else {name: value}
+    return checked
+
+
+def _environment(values: object) -> dict[str, str]:
+    """What `env:` of a config file sets. Raises `MamaError` if it is no mapping of names to words."""
+    if values is None:
+        return {}
+    plain = isinstance(values, dict) and all(
+        isinstance(name, str) and isinstance(value, (str, int, float)) for name, value in values.items()
+    )
+    if not plain or any("\0" in f"{name}{value}" or "=" in name or not name for name, value in values.items()):
+        raise MamaError(f"`env` is {shown(values)}: write one `NAME: value` a line.")
+    return {name: str(value) for name, value in values.items()}
+
+
+@contextmanager
+def _defaults(parser: TrainingParser, values: dict) -> Iterator[None]:
+    """The parser with other defaults for the time being."""
+    before = [(action, action.default, action.required) for action in parser._actions]
     try:
-        parsed = parser.parse_args_and_config(argv)
-    except MamaError:
-        raise
-    except (ValueError, TypeError, ImportError) as error:
-        raise MamaError(first_line(error)) from None
-    return parsed
+        parser.set_defaults_with_config(**values)
+        yield
+    finally:
+        for action, default, required in before:
+            action.default, action.required = default, required
+
+
+def _filled(parser: TrainingParser, namespace: argparse.Namespace) -> tuple:
+    """The parser's dataclasses with the values of `namespace`. Raises `MamaError` for what they refuse."""
+    values, filled = vars(namespace), []
+    for cls in parser.dataclass_types:
+        own = {declared.name: values.pop(declared.name) for declared in fields(cls) if declared.name in values}
+        with refusals_of(cls.__name__):
+            filled.append(cls(**own))
+    return tuple(filled)
+
+
+def _remember(filled: tuple, argv: list[str]) -> tuple:
+    """Notes in the command's own arguments which file the settings came from: it is not to be written over."""
+    for part in filled:
+        if isinstance(part, TrainingArguments) and "--config" in argv:
+            part.config_file = argv[argv.index("--config") + 1]
+    return filled
 
 
 def run(parser: TrainingParser, main: Callable, argv: list[str]) -> int:
@@ -153,15 +210,7 @@ def read_recipe(argv: list[str]) -> dict:
     index = argv.index("--config") + 1
     if index == len(argv):
         raise MamaError("--config wants the name of a YAML file after it.")
-    try:
-        recipe = yaml.safe_load(Path(argv[index]).read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError) as error:
-        raise MamaError(f"--config {argv[index]} cannot be read: {first_line(error)}.") from None
-    except yaml.YAMLError as error:
-        raise MamaError(f"--config {argv[index]} is no valid YAML: {' '.join(str(error).split())}.") from None
-    if not isinstance(recipe, dict):
-        raise MamaError(f"--config {argv[index]} holds no `name: value` lines.")
-    return recipe
+    return read_settings(argv[index], f"--config {argv[index]}")
 
 
 def _split_equals(argv: list[str]) -> list[str]:

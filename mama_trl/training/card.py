@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from ..config import MamaConfig
+from ..writing import write_text
 
 HEADING = "## Pruning"
 
@@ -32,14 +33,12 @@ def add_to_card(path: Path, facts: dict) -> None:
     """Appends the section to a README.md, replacing an earlier one."""
     text = path.read_text(encoding="utf-8") if path.exists() else ""
     text = text.split(HEADING)[0].rstrip()
-    path.write_text(f"{text}\n\n{card_text(facts)}" if text else card_text(facts), encoding="utf-8")
+    write_text(path, f"{text}\n\n{card_text(facts)}" if text else card_text(facts))
 
 
 def write_card(folder: str | Path, facts: dict) -> None:
     """`mama/README.md`, which every upload of `folder` carries."""
-    path = Path(folder) / "mama" / "README.md"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(card_text(facts), encoding="utf-8")
+    write_text(Path(folder) / "mama" / "README.md", card_text(facts))
 
 
 class CardFacts:

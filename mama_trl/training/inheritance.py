@@ -40,7 +40,7 @@ def inherited(model: nn.Module, folder: Optional[Path], enforce: bool) -> Option
     if last is not None:
         masks, where = taken_over(last, model), "the masks that this model object got last"
     elif folder is not None:
-        masks, where = MaskSet.load(folder, model), f"the masks in {folder / FOLDER}"
+        masks, where = MaskSet.load(folder, model, zeros=False), f"the masks in {folder / FOLDER}"
         if ranks.decided(lambda: masks is not None) != (masks is not None):
             raise MamaError(f"{folder / FOLDER} is not the same for all ranks: put the model on a disk that all see.")
     else:

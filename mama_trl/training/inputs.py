@@ -4,12 +4,11 @@ from pathlib import Path
 from typing import Optional
 
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from ..engines import ranks
-from ..folders import write_atomically
 from ..masks.files import FOLDER, file_name, files_of
+from ..masks.tensors import TensorFile, write_tensors
 
 STEM = "inputs"
 
@@ -64,12 +63,26 @@ class InputCapture:
             return
         tensors = {"tokens": torch.cat(self._batches), "length": torch.tensor(self._length)}
         path = Path(folder) / FOLDER / file_name(STEM, ranks.everyone())
-        write_atomically(path, lambda temporary: save_file(tensors, temporary))
+        write_tensors(path, tensors, {"format": "mama-inputs-2"})
 
     def load(self, folder: str | Path) -> None:
-        """Takes up a rank's tokens; with another number of ranks they are dealt out again."""
+        """Takes up a rank's tokens; with another number of ranks they are dealt out again.
+
+        Raises `MamaError` if a file is damaged.
+        """
         group = ranks.everyone()
         paths = files_of(Path(folder) / FOLDER, STEM)[ranks.rank(group) :: ranks.size(group)]
-        stored = [load_file(path) for path in paths]
-        self._batches = [each["tokens"] for each in stored]
-        self._length = max((int(each["length"]) for each in stored), default=0)
+        stored = [_read(path) for path in paths]
+        self._batches = [tokens for tokens, _ in stored]
+        self._length = max((length for _, length in stored), default=0)
+
+
+def _read(path: Path) -> tuple[Tensor, int]:
+    """Token ids (1-D) and the longest row of a file that `save` wrote. Raises `MamaError` if it is damaged."""
+    file = TensorFile(path, "inputs file", "delete it, so that the masks are calibrated on the next batches")
+    tokens, length = file.read("tokens"), file.read("length")
+    if tokens.dtype != torch.int64 or tokens.dim() != 1 or length.numel() != 1 or not 1 <= int(length) <= 1 << 31:
+        raise file.damaged("it holds no token ids and length")
+    if len(tokens) and not 0 <= int(tokens.min()) <= int(tokens.max()) < 1 << 31:
+        raise file.damaged("it holds no token ids")
+    return tokens, int(length)

@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass
 
+from ..errors import MamaError
+
 
 @dataclass(frozen=True)
 class Schedule:
@@ -58,11 +60,20 @@ class Schedule:
 
     @classmethod
     def resolve(cls, kind: str, target: float, start: float, end: float, interval: int, total_steps: int):
-        """Turns fractions of `total_steps` (values below 1) into steps, within [1, total_steps]."""
+        """Turns fractions of `total_steps` (values below 1) into steps, from 1 on.
+
+        Raises `MamaError` for a step after the end of the run, where masks would never be computed.
+        """
 
         def to_step(value: float) -> int:
-            step = round(value * total_steps) if value < 1 else int(value)
-            return max(1, min(step, total_steps))
+            return max(1, round(value * total_steps) if value < 1 else int(value))
 
         first = to_step(start)
-        return cls(kind, target, first, max(first, to_step(end)), interval)
+        schedule = cls(kind, target, first, max(first, to_step(end)), interval)
+        if schedule.last > total_steps:
+            name, value = ("mask_start", start) if first > total_steps else ("mask_end", end)
+            raise MamaError(
+                f"`{name}` is {value:g}, after the run's last step ({total_steps}): let the run be longer, or give a "
+                "fraction such as 0.1."
+            )
+        return schedule

@@ -5,13 +5,12 @@ from typing import Any, Optional
 
 from torch import Tensor, nn
 
-from ..config import MamaConfig, parse_pattern
+from ..config import MamaConfig
 from ..engines import ranks
 from ..engines.counts import first_not_finite, zeros_of
 from ..engines.detect import engine_of, shard_of, shards_of, unwrap
 from ..engines.shard import Shard
 from ..errors import MamaError
-from ..folders import write_atomically
 from ..indicators.history import sample
 from ..indicators.trajectory import STEM as STATISTICS
 from ..indicators.trajectory import Trajectory
@@ -19,10 +18,12 @@ from ..masks.files import FOLDER, STATE_FILE, STEMS, RangeReader, files_of, writ
 from ..masks.known import known, remember
 from ..masks.maskset import STEM as MASKS
 from ..masks.maskset import MaskSet
+from ..model.fits import check_fits
 from ..model.targets import Target, find_targets
+from ..writing import write_text
 from .checkpoints import require_whole
 from .identity import difference
-from .inheritance import check_zero, held, inherited, warn_of_free_zeros
+from .inheritance import held, inherited, warn_of_free_zeros
 from .inputs import STEM as INPUTS
 from .inputs import InputCapture
 from .manifest import listing, read_state, sealed
@@ -45,16 +46,17 @@ class RunState:
 
     Raises:
         MamaError: nothing to prune, an unsupported engine or adapters, frozen targets where the engine keeps no
-            master of them, a pattern that does not divide the inputs, or a weight that is NaN.
+            master of them, a pattern or sparsity that the matrices cannot have, or a weight that is NaN.
     """
 
     def __init__(self, model: nn.Module, config: MamaConfig, stage: str):
+        MamaConfig.__post_init__(config)  # what has been set since it was made is checked like what it was made with
         self.config, self.stage = config, stage
         self.engine = engine_of(model)  # single, ddp, zero1, zero2, zero3 or fsdp2
         self.model = unwrap(model)
         self.targets: list[Target] = find_targets(self.model, config.target_modules, config.exclude_modules)
         _check_trainable(self.targets, self.engine)
-        _check_pattern(self.targets, config)
+        check_fits(self.targets, config)
         self.shards: dict[str, Shard] = {shard.name: shard for shard in shards_of(_followed(self.targets))}
         self.parameters = shards_of(self.model.named_parameters())
         bad = first_not_finite(self.parameters)
@@ -151,7 +153,7 @@ class RunState:
                 state["attribution"] = self.attribution
             if checkpoint:
                 state["files"] = listing(folder)
-            write_atomically(folder / FOLDER / STATE_FILE, lambda path: path.write_text(sealed(state)))
+            write_text(folder / FOLDER / STATE_FILE, sealed(state))
         ranks.wait(everyone)
 
     def leave(self, folder: str | Path) -> None:
@@ -179,11 +181,9 @@ class RunState:
         stored = ranks.decided(lambda: _checked(folder, output_dir, self.identity))
         self.inputs.load(folder)
         self.attribution, self.mask_step = stored.get("attribution"), stored["mask_step"]
-        masks = MaskSet.load(folder, self.model)
-        if masks is not None:
-            check_zero(masks, f"the masks in {folder / FOLDER}")
-            masks.enforce()
-        self.masks = masks
+        self.masks = MaskSet.load(folder, self.model)
+        if self.masks is not None:
+            self.masks.enforce()
         self.trajectory.load(folder, resume=True)
         reader = RangeReader.find(folder, REGIME)
         names = reader.names if reader is not None else []
@@ -244,14 +244,4 @@ def _check_trainable(targets: list[Target], engine: str) -> None:
             raise MamaError(
                 f"{target.name} is frozen, and {engine} keeps no optimizer copy of it that masks could be applied to: "
                 "put it into `exclude_modules`, or let it train."
-            )
-
-
-def _check_pattern(targets: list[Target], config: MamaConfig) -> None:
-    nm = parse_pattern(config.pattern)
-    for target in targets if nm and config.sparsity > 0 else []:
-        if target.shape[1] % nm[1]:
-            raise MamaError(
-                f"`pattern` is {config.pattern!r}, but {target.name} has {target.shape[1]} inputs, no multiple of "
-                f"{nm[1]}: put it into `exclude_modules`, or use unstructured."
             )

@@ -118,7 +118,8 @@ def test_a_mask_update_on_one_token_saves_no_nan(rows, tmp_path, redistribution)
     try:
         train(tiny("llama"), rows, tmp_path, config, save=True)
     except MamaError as error:
-        assert "NaN or infinity" in str(error) and not (tmp_path / "model.safetensors").exists()
+        assert any(word in str(error) for word in ("NaN or infinity", "calibration"))
+        assert not (tmp_path / "model.safetensors").exists()
         return
     assert saved.not_finite(tmp_path) == 0 and saved.sparsity(tmp_path) == pytest.approx(0.75, abs=1e-3)
 

@@ -6,7 +6,8 @@ from typing import Optional
 from trl import SFTConfig
 
 from ...config import MamaConfig
-from ...errors import MamaError
+from ...fields import check_fields
+from ..settings import RANGES, check_settings
 
 
 @dataclass
@@ -26,8 +27,5 @@ class MamaDistillationConfig(MamaConfig, SFTConfig):
 
     def __post_init__(self):
         MamaConfig.__post_init__(self)
-        SFTConfig.__post_init__(self)
-        if not self.temperature > 0:
-            raise MamaError(f"`temperature` is {self.temperature!r}: use a positive number, usually 1.0.")
-        if self.cross_entropy_weight < 0:
-            raise MamaError(f"`cross_entropy_weight` is {self.cross_entropy_weight!r}: use 0 or more.")
+        check_fields(self, MamaDistillationConfig, RANGES)
+        check_settings(self, SFTConfig)

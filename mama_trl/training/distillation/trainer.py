@@ -10,6 +10,7 @@ from trl import SFTTrainer
 
 from ...engines.frozen import prepared
 from ...errors import MamaError
+from ...evaluation.weights import check_report
 from ..callback import MamaCallback
 from ..integrations import PruningCard
 from .config import MamaDistillationConfig
@@ -52,9 +53,9 @@ class MamaDistillationTrainer(PruningCard, SFTTrainer):
                 "`teacher_model` is missing: give the dense model, or set `teacher_model_name_or_path` to it."
             )
         if isinstance(teacher_model, str):
-            teacher_model = AutoModelForCausalLM.from_pretrained(teacher_model, **(args.model_init_kwargs or {}))
+            teacher_model = _loaded(teacher_model, args)
         if isinstance(model, str):
-            model = AutoModelForCausalLM.from_pretrained(model, **(args.model_init_kwargs or {}))
+            model = _loaded(model, args)
         check_vocabulary(model, teacher_model)
         self.mama = MamaCallback(args, calibration, stage="distill")
         super().__init__(model, args=args, **kwargs)
@@ -91,6 +92,14 @@ class MamaDistillationTrainer(PruningCard, SFTTrainer):
         self._metrics[mode]["num_tokens"] = [self._total_train_tokens]
         self._metrics[mode]["mama/kl"].append((divergence.detach() / tokens.clamp(min=1)).item())
         return (loss, outputs) if return_outputs else loss
+
+
+def _loaded(source: str, args: MamaDistillationConfig) -> PreTrainedModel:
+    """A model with all its weights and no code of its own unless asked. Raises `MamaError` if some do not fit."""
+    options = {"trust_remote_code": args.trust_remote_code, **(args.model_init_kwargs or {})}
+    model, report = AutoModelForCausalLM.from_pretrained(source, output_loading_info=True, **options)
+    check_report(source, report)
+    return model
 
 
 def check_vocabulary(student: nn.Module, teacher: nn.Module) -> None:

@@ -6,6 +6,7 @@ from typing import ClassVar
 from trl import GRPOConfig
 
 from ...config import MamaConfig
+from ..settings import check_settings
 
 
 @dataclass
@@ -25,4 +26,4 @@ class MamaGRPOConfig(MamaConfig, GRPOConfig):
 
     def __post_init__(self):
         MamaConfig.__post_init__(self)
-        GRPOConfig.__post_init__(self)
+        check_settings(self, GRPOConfig)

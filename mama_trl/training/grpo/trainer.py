@@ -6,6 +6,7 @@ from torch import Tensor
 from trl import GRPOTrainer
 
 from ...errors import MamaError
+from ...evaluation.loading import check_model_source
 from ..callback import MamaCallback
 from ..integrations import PruningCard
 from .config import MamaGRPOConfig
@@ -46,6 +47,8 @@ class MamaGRPOTrainer(PruningCard, GRPOTrainer):
         args = args if args is not None else MamaGRPOConfig()
         if not isinstance(args, MamaGRPOConfig):
             raise MamaError(f"`args` is a {type(args).__name__}: MamaGRPOTrainer takes a MamaGRPOConfig.")
+        if isinstance(model, str):
+            check_model_source(model, trust_remote_code=args.trust_remote_code)
         self.mama = RewardCallback(args, calibration, stage="grpo")
         super().__init__(model, reward_funcs, args=args, **kwargs)
         self.mama.trainer = self

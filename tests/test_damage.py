@@ -1,0 +1,573 @@
+"""Damaged files: every kind that is written or read is one sentence, done again, or as it was; never silently other."""
+
+import json
+import logging
+import os
+import pickle
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, LlamaForSequenceClassification
+
+from mama_trl.cli import main
+from mama_trl.demo.stage_file import FACTS, read_stage, write_stage
+from mama_trl.engines.detect import shards_of
+from mama_trl.errors import MamaError
+from mama_trl.evaluation.loading import check_model_source, load_model, load_tokenizer
+from mama_trl.export.packed import load_packed, save_packed
+from mama_trl.indicators.trajectory import Trajectory
+from mama_trl.masks.maskset import MaskSet
+from mama_trl.masks.tensors import TensorFile, read_tensors, write_tensors
+from mama_trl.model.targets import find_targets
+from mama_trl.pruning.prune import prune
+from mama_trl.pruning.resume import COMMAND, FOLDER, Unfinished
+from mama_trl.report.check import check_report
+from mama_trl.training.inputs import _read as read_inputs
+
+from .conftest import DENSE, MIXTURES, tiny
+from .faults import command_line, furnish, refusal, refused, tiny_model, tree, unchanged
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory):
+    """`model`, pruned and with its masks; `dense`, as it was before."""
+    root = tmp_path_factory.mktemp("damage")
+    model = AutoModelForCausalLM.from_pretrained(tiny_model(root / "dense"))
+    tiny_model(root / "model")
+    masks = prune(model, method="magnitude", sparsity=0.5, progress=False)
+    model.save_pretrained(root / "model")
+    masks.save(root / "model")
+    return root
+
+
+@pytest.fixture
+def model(root):
+    return AutoModelForCausalLM.from_pretrained(root / "model")
+
+
+# ---------------------------------------------------------------------- files of tensors
+
+
+def kinds(root: Path, model, folder: Path) -> dict:
+    """(file, reader) of each kind, freshly written into `folder`."""
+    masks = MaskSet.load(root / "model", model)
+    masks.save(folder)
+    trajectory = Trajectory(shards_of((t.name, t.parameter) for t in find_targets(model)), ["sensitivity"])
+    trajectory.save(folder)
+    save_packed(model, masks, folder / "packed.safetensors")
+    tokens = {"tokens": torch.arange(50), "length": torch.tensor(10)}
+    write_tensors(folder / "inputs.safetensors", tokens, {"format": "mama-inputs-2"})
+    write_tensors(folder / "rows.safetensors", {"text": torch.arange(48).view(6, 8)}, {"format": "mama-rows-1"})
+    return {
+        "masks": (folder / "mama" / "masks.safetensors", lambda: MaskSet.load(folder, model)),
+        "statistics": (folder / "mama" / "statistics.safetensors", lambda: trajectory.load(folder, True)),
+        "packed": (folder / "packed.safetensors", lambda: load_packed(folder / "packed.safetensors")),
+        "inputs": (folder / "inputs.safetensors", lambda: read_inputs(folder / "inputs.safetensors")),
+        "rows": (folder / "rows.safetensors", lambda: read_tensors(folder / "rows.safetensors", "data file", "again")),
+    }
+
+
+@pytest.mark.parametrize("kind", ["masks", "statistics", "packed", "inputs", "rows"])
+def test_one_flipped_bit_anywhere_is_noticed(root, model, tmp_path, kind):
+    path, read = kinds(root, model, tmp_path)[kind]
+    data = path.read_bytes()
+    read()
+    for at in range(0, len(data), max(1, len(data) // 150)):
+        path.write_bytes(data[:at] + bytes([data[at] ^ (1 << at % 8)]) + data[at + 1 :])
+        try:
+            read()
+        except MamaError as error:
+            assert str(path) in str(error) and len(str(error)) < 300
+        else:  # white space of the header, which says the same
+            assert chr(data[at]) in " \n\t" or _same_header(path, data), at
+
+
+def _same_header(path: Path, data: bytes) -> bool:
+    size = int.from_bytes(data[:8], "little")
+    now = path.read_bytes()
+    try:
+        return json.loads(now[8 : 8 + size]) == json.loads(data[8 : 8 + size]) and now[8 + size :] == data[8 + size :]
+    except ValueError:
+        return False
+
+
+@pytest.mark.parametrize("kind", ["masks", "statistics", "packed", "inputs", "rows"])
+@pytest.mark.parametrize("damage", ["empty", "cut", "zeros", "text", "another kind", "folder", "more"])
+def test_other_damage_is_one_sentence(root, model, tmp_path, kind, damage):
+    files = kinds(root, model, tmp_path)
+    path, read = files[kind]
+    data = path.read_bytes()
+    if damage == "folder":
+        path.unlink()
+        path.mkdir()
+    else:
+        path.write_bytes({
+            "empty": b"", "cut": data[: len(data) // 2], "zeros": bytes(len(data)), "text": b"hello" * 50,
+            "another kind": files["rows" if kind != "rows" else "masks"][0].read_bytes(), "more": data + b"x",
+        }[damage])
+    if (kind, damage) == ("rows", "another kind"):
+        read()  # any tensors are rows
+    else:
+        with refusal("safetensors"):
+            read()
+
+
+def test_counts_that_contradict_the_bits_are_refused(root, model, tmp_path):
+    """Also where the checksums are those of the contradiction."""
+    masks = MaskSet.load(root / "model", model)
+    name = masks.names[0]
+    masks.kept[name] += 1
+    masks.save(tmp_path)
+    for given in (None, model):
+        with refusal(f"keeps .* connections of {name}"):
+            MaskSet.load(tmp_path, given)
+
+
+@pytest.mark.parametrize("change", [
+    {"shapes": {}}, {"shapes": 5}, {"kept": None}, {"kept": {}}, {"pattern": "some"}, {"pattern": 5}, {"ranges": {}},
+    {"ranges": {"a": [0]}}, {"ranges": 5},
+])
+def test_headers_that_make_no_sense_are_refused(root, model, tmp_path, change):
+    masks = MaskSet.load(root / "model", model)
+    header = {
+        "format": "mama-masks-3", "shapes": masks.shapes, "pattern": "unstructured", "kept": masks.kept,
+        "ranges": masks.ranges, **change,
+    }
+    write_tensors(tmp_path / "mama" / "masks.safetensors", masks.bits, header)
+    with refusal("."):
+        MaskSet.load(tmp_path, model)
+
+
+def test_a_twins_masks_are_noticed(root, tmp_path):
+    """Same shapes, other weights: what its masks prune is not zero there."""
+    twin = AutoModelForCausalLM.from_pretrained(tiny_model(tmp_path / "twin", seed=5))
+    with refusal("belong to another model"):
+        MaskSet.load(root / "model", twin)
+    pruned = prune(twin, method="magnitude", sparsity=0.5, progress=False)
+    twin.save_pretrained(tmp_path / "twin")
+    pruned.save(tmp_path / "twin")
+    assert MaskSet.load(tmp_path / "twin", twin).digest() == pruned.digest()
+    with refusal("belong to another model"):
+        MaskSet.load(root / "model", twin)
+
+
+def without_checksums(path: Path, form: str) -> None:
+    """The file as an earlier version wrote it."""
+    with safe_open(path, "pt") as file:
+        metadata = {key: value for key, value in file.metadata().items() if not key.startswith("checksum")}
+    save_file(load_file(path), path, metadata={**metadata, "format": form})
+
+
+def test_files_of_an_earlier_version_are_read_and_that_is_said_once(root, model, tmp_path, caplog):
+    files = kinds(root, model, tmp_path)
+    right = MaskSet.load(tmp_path, model).digest(), load_packed(files["packed"][0])
+    without_checksums(files["masks"][0], json.dumps("mama-masks-2"))
+    without_checksums(files["statistics"][0], json.dumps("mama-statistics-2"))
+    without_checksums(files["packed"][0], "mama-packed-1")
+    save_file(load_file(files["inputs"][0]), files["inputs"][0])
+    with caplog.at_level(logging.WARNING):
+        for _ in range(2):
+            assert MaskSet.load(tmp_path, model).digest() == right[0]
+            got = load_packed(files["packed"][0])
+            files["statistics"][1](), files["inputs"][1]()
+    assert all(torch.equal(got[name], right[1][name]) for name in got)
+    assert sum("earlier version" in record.getMessage() for record in caplog.records) == 4
+    without_checksums(files["rows"][0], json.dumps("mama-rows-1"))  # never was without
+    with refusal("header"):
+        files["rows"][1]()
+
+
+def test_old_masks_without_checksums_are_still_counted(root, model, tmp_path):
+    path = kinds(root, model, tmp_path)["masks"][0]
+    tensors = load_file(path)
+    first = next(iter(tensors))
+    tensors[first][0] ^= 1
+    with safe_open(path, "pt") as file:
+        metadata = {key: value for key, value in file.metadata().items() if not key.startswith("checksum")}
+    save_file(tensors, path, metadata={**metadata, "format": json.dumps("mama-masks-2")})
+    with refusal("keeps"):
+        MaskSet.load(tmp_path, model)
+
+
+@pytest.mark.parametrize("change", [
+    lambda t: t.pop("mask/model.layers.0.mlp.up_proj.weight"),
+    lambda t: t.update({"values/model.layers.0.mlp.up_proj.weight": torch.zeros(3)}),
+    lambda t: t.update({"mask/model.layers.0.mlp.up_proj.weight": torch.zeros(2, dtype=torch.uint8)}),
+    lambda t: t.update({"other/x": torch.zeros(3)}),
+])
+def test_packed_files_that_contradict_themselves(root, model, tmp_path, change):
+    path = kinds(root, model, tmp_path)["packed"][0]
+    file = TensorFile(path, "packed file", "again")
+    tensors = {name: file.read(name) for name in file.names}
+    change(tensors)
+    write_tensors(path, tensors, file.header)
+    with refusal("packed"):
+        load_packed(path)
+
+
+# ---------------------------------------------------------------------- leftovers of a killed run
+
+
+@pytest.fixture
+def killed(tmp_path, monkeypatch):
+    """A place where `mama prune` was killed after its first block; returns (place, argv)."""
+    place = furnish(tmp_path)
+    argv = command_line(place, "prune")
+    store = Unfinished.store
+
+    def once(self, *args):
+        store(self, *args)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Unfinished, "store", once)
+        assert main(argv) == 130
+    assert (place / "out" / FOLDER / COMMAND).is_file()
+    return place, argv
+
+
+@pytest.mark.parametrize("damage", ["cut", "flip", "empty", "another block", "old"])
+def test_a_damaged_block_is_done_again(killed, caplog, damage):
+    place, argv = killed
+    block = next((place / "out" / FOLDER).glob("block-*.safetensors"))
+    data = block.read_bytes()
+    if damage == "another block":
+        write_tensors(block, {"weight x": torch.zeros(3)}, {"format": "mama-progress-2"})
+    elif damage == "old":
+        save_file(load_file(block), block)
+    else:
+        at = len(data) - 20
+        flipped = data[:at] + bytes([data[at] ^ 4]) + data[at + 1 :]
+        block.write_bytes({"cut": data[:100], "flip": flipped, "empty": b""}[damage])
+    with caplog.at_level(logging.WARNING):
+        assert main(argv) == 0
+    assert ("done again" in caplog.text) == (damage != "old")
+    assert not (place / "out" / FOLDER).exists()
+    assert main([*argv[:-1], str(place / "whole")]) == 0
+    one, other = (load_file(place / name / "model.safetensors") for name in ("out", "whole"))
+    assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+@pytest.mark.parametrize("text", ["", "{", "null", "[]", '{"seed": 0', "[" * 9999, None])
+def test_a_damaged_command_file_means_to_begin_anew(killed, capsys, text):
+    place, argv = killed
+    path = place / "out" / FOLDER / COMMAND
+    path.unlink()
+    if text is not None:
+        path.write_text(text)
+        assert main(argv) == 0 and not (place / "out" / FOLDER).exists()
+    else:  # blocks alone say nothing of what they are, and the folder is not empty
+        assert "already holds something" in refused(capsys, *argv)
+        assert main([*argv, "--overwrite"]) == 0
+
+
+def test_what_is_not_ours_in_the_folder_of_progress_stays(killed):
+    place, argv = killed
+    (place / "out" / FOLDER / "mine.txt").write_text("x")
+    assert main(argv) == 0
+    assert sorted(tree(place / "out" / FOLDER)) == ["mine.txt"]
+
+
+def facts_of(stage: str) -> dict:
+    return {"name": stage, "seconds": 1.0, "steps": 1, "tokens": 1, **{name: 1 for name in FACTS[stage]}}
+
+
+@pytest.mark.parametrize("damage", [
+    "{", "", "null", "[]", "5", '{"name": "sft"}', "[" * 9999, "fact", "file", "size", "gone",
+])
+def test_a_damaged_stage_is_done_again(tmp_path, caplog, damage):
+    (tmp_path / "model.safetensors").write_bytes(bytes(range(100)))
+    facts = write_stage(tmp_path, facts_of("sft"))
+    assert read_stage(tmp_path, "sft") == facts
+    path = tmp_path / "stage.json"
+    if damage == "fact":
+        path.write_text(path.read_text().replace('"accuracy": 1', '"accuracy": 0'))
+    elif damage == "file":
+        (tmp_path / "model.safetensors").write_bytes(bytes(range(99)) + b"x")
+    elif damage == "size":
+        (tmp_path / "model.safetensors").write_bytes(b"")
+    elif damage == "gone":
+        (tmp_path / "model.safetensors").unlink()
+    else:
+        path.write_text(damage)
+    assert read_stage(tmp_path, "sft") is None
+    assert "is done again" in caplog.text
+    assert read_stage(tmp_path, "grpo") is None
+
+
+def test_a_file_that_a_user_adds_to_a_stage_is_nobodys_business(tmp_path):
+    facts = write_stage(tmp_path, facts_of("grpo"))
+    (tmp_path / "notes.txt").write_text("x")
+    assert read_stage(tmp_path, "grpo") == facts
+
+
+# ---------------------------------------------------------------------- models
+
+
+def changed_config(**changes):
+    def change(folder: Path) -> None:
+        config = json.loads((folder / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps({**config, **changes}))
+
+    return change
+
+
+def changed_weights(edit):
+    def change(folder: Path) -> None:
+        weights = load_file(folder / "model.safetensors")
+        edit(weights)
+        save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+
+    return change
+
+
+def sharded(folder: Path) -> None:
+    os.rename(folder / "model.safetensors", folder / "model-00001-of-00002.safetensors")
+    names = {"a": "model-00001-of-00002.safetensors", "b": "model-00002-of-00002.safetensors"}
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": names}))
+
+
+def bad_index(text: str):
+    def change(folder: Path) -> None:
+        sharded(folder)
+        (folder / "model.safetensors.index.json").write_text(text)
+
+    return change
+
+
+def bytes_in(name: str, data: bytes):
+    return lambda folder: (folder / name).write_bytes(data)
+
+
+def evil_pickle(folder: Path) -> None:
+    (folder / "model.safetensors").unlink()
+    (folder / "pytorch_model.bin").write_bytes(pickle.dumps(os.system))
+
+
+MODELS = {
+    "five layers asked, two there": (changed_config(num_hidden_layers=5), "lack model.layers.2"),
+    "one layer asked, two there": (changed_config(num_hidden_layers=1), "beside it model.layers.1"),
+    "other width": (changed_config(intermediate_size=48), "another shape"),
+    "other vocabulary": (changed_config(vocab_size=999), "another shape"),
+    "absurd vocabulary": (changed_config(vocab_size=10**12), "another shape"),
+    "absurd depth": (changed_config(num_hidden_layers=10**9), "num_hidden_layers"),
+    "negative depth": (changed_config(num_hidden_layers=-1), "beside it"),
+    "no heads": (changed_config(num_attention_heads=0), "config.json"),
+    "text for a number": (changed_config(hidden_size="x"), "hidden_size"),
+    "no such dtype": (changed_config(dtype="float33"), "float33"),
+    "no such type": (changed_config(model_type="nope"), "nope"),
+    "a classifier's name": (changed_config(architectures=["LlamaForSequenceClassification"]), "no causal language"),
+    "no architecture's name": (changed_config(architectures="x"), "no causal language model"),
+    "a picture model": (changed_config(model_type="vit", architectures=None), "no causal language model"),
+    "code of its own": (changed_config(model_type="foo", auto_map={"AutoConfig": "x.C"}), "--trust_remote_code"),
+    "config null": (bytes_in("config.json", b"null"), "describes no model"),
+    "config a list": (bytes_in("config.json", b"[]"), "describes no model"),
+    "config cut": (bytes_in("config.json", b'{"a"'), "no readable JSON"),
+    "config binary": (bytes_in("config.json", b"\xff\xfe\x00"), "no readable JSON"),
+    "config without end": (bytes_in("config.json", b"[" * 10**5), "no readable JSON"),
+    "weights empty": (bytes_in("model.safetensors", b""), "no readable weights"),
+    "weights zeros": (bytes_in("model.safetensors", bytes(1000)), "no readable weights"),
+    "weights absurd": (bytes_in("model.safetensors", b"\xff" * 1000), "no readable weights"),
+    "weights cut": (lambda f: os.truncate(f / "model.safetensors", 9000), "no readable weights"),
+    "weights of nothing": (lambda f: save_file({}, f / "model.safetensors"), "lack"),
+    "a tensor gone": (changed_weights(lambda w: w.pop("model.norm.weight")), "lack model.norm.weight"),
+    "a tensor more": (changed_weights(lambda w: w.update(extra=torch.zeros(2))), "beside it extra"),
+    "a tensor reshaped": (changed_weights(lambda w: w.update({"model.norm.weight": torch.ones(5)})), "model.norm"),
+    "whole numbers": (changed_weights(lambda w: w.update({n: v.int() for n, v in w.items()})), "whole numbers"),
+    "a shard gone": (sharded, "is missing"),
+    "index null": (bad_index("null"), "is damaged"), "index cut": (bad_index("{"), "is damaged"),
+    "index of nothing": (bad_index('{"weight_map": {}}'), "or none"),
+    "index of elsewhere": (bad_index('{"weight_map": {"a": "../model.safetensors"}}'), "other folders"),
+    "a pickle that runs": (evil_pickle, "no readable weights"),
+    "no weights": (lambda f: (f / "model.safetensors").unlink(), "no weights"),
+}
+
+
+@pytest.mark.parametrize("kind", MODELS)
+def test_models_that_are_not_what_they_say(root, tmp_path, kind):
+    change, said = MODELS[kind]
+    folder = tmp_path / "model"
+    shutil.copytree(root / "dense", folder)
+    change(folder)
+    with unchanged(folder), refusal(said):
+        check_model_source(str(folder))
+    if kind not in ("a classifier's name", "no architecture's name", "whole numbers"):  # which load all the same
+        with refusal("."):
+            load_model(str(folder))
+
+
+def test_a_classifiers_folder_is_no_language_model(root, tmp_path, capsys):
+    classifier = LlamaForSequenceClassification.from_pretrained(root / "dense")
+    classifier.save_pretrained(tmp_path / "classifier")
+    load_tokenizer(str(root / "dense")).save_pretrained(tmp_path / "classifier")
+    (tmp_path / "t.txt").write_text("1 plus 2 makes 3. " * 20)
+    argv = ["prune", tmp_path / "classifier", "--calibration", tmp_path / "t.txt", "--output", tmp_path / "out"]
+    assert "LlamaForSequenceClassification" in refused(capsys, *argv)
+    assert not (tmp_path / "out").exists()
+
+
+def test_another_architectures_weights(tmp_path):
+    tiny("llama").save_pretrained(tmp_path / "llama")
+    tiny("gpt2").save_pretrained(tmp_path / "gpt2")
+    shutil.copy(tmp_path / "gpt2" / "model.safetensors", tmp_path / "llama")
+    with refusal("lack"):
+        check_model_source(str(tmp_path / "llama"))
+
+
+@pytest.mark.parametrize("architecture", [*DENSE, *MIXTURES])
+def test_whole_models_of_every_architecture_pass(tmp_path, architecture):
+    """Tied heads that no file holds, experts that are stored one by one, buffers that are left out: all by design."""
+    tiny(architecture).save_pretrained(tmp_path)
+    check_model_source(str(tmp_path))
+
+
+def test_pickled_weights_pass_if_they_are_only_weights(root, tmp_path):
+    folder = tmp_path / "model"
+    shutil.copytree(root / "dense", folder)
+    torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")
+    (folder / "model.safetensors").unlink()
+    check_model_source(str(folder))
+
+
+@pytest.mark.parametrize("flag, other", [("--model_name_or_path", 1), ("--teacher_model_name_or_path", -1)])
+def test_training_commands_look_at_model_and_teacher_before_they_start(root, tmp_path, capsys, flag, other):
+    place = furnish(tmp_path)
+    broken = tmp_path / "broken"
+    shutil.copytree(place / "model", broken)
+    changed_config(num_hidden_layers=5)(broken)
+    argv = command_line(place, "distill")
+    argv[argv.index(flag) + 1] = str(broken)
+    with unchanged(place):
+        assert "lack model.layers.2" in refused(capsys, *argv)
+
+
+def test_a_tokenizer_of_another_model(tmp_path, capsys):
+    place = furnish(tmp_path)
+    tiny_model(place / "small", vocab_size=200)
+    for command in ("prune", "evaluate", "levels", "sft", "grpo"):
+        argv = [item if item != str(place / "model") else str(place / "small") for item in command_line(place, command)]
+        with unchanged(place):
+            assert "vocab_size" in refused(capsys, *argv)
+
+
+@pytest.mark.parametrize("name, data", [
+    ("tokenizer.json", b""), ("tokenizer.json", b"{"), ("tokenizer.json", b"null"),
+    ("tokenizer.json", b'{"model": {}}'),
+    ("tokenizer_config.json", b"null"), ("tokenizer_config.json", b"[" * 9999), ("tokenizer.json", b"\xff\x00"),
+])
+def test_damaged_tokenizers(root, tmp_path, name, data):
+    folder = tmp_path / "model"
+    shutil.copytree(root / "dense", folder)
+    (folder / name).write_bytes(data)
+    with refusal("tokenizer"):
+        load_tokenizer(str(folder))
+
+
+@pytest.mark.parametrize("source", [
+    "", "x" * 5000, "a\0b", "/nowhere", "./nowhere", "~nobody/x", "a/b/c", "\ud800", "a\nb",
+])
+def test_names_of_models_that_are_none(source):
+    with refusal("does not exist"):
+        check_model_source(source)
+
+
+def test_code_in_a_models_folder_runs_only_when_that_is_asked_for(root, tmp_path, capsys, monkeypatch):
+    """And never because something on standard input looks like an answer to a question."""
+    folder = tmp_path / "model"
+    shutil.copytree(root / "dense", folder)
+    changed_config(model_type="mine", auto_map={"AutoConfig": "mine.C", "AutoModelForCausalLM": "mine.M"})(folder)
+    (folder / "mine.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\nraise ValueError('ran')\n")
+    (tmp_path / "t.txt").write_text("1 plus 2 makes 3. " * 20)
+    monkeypatch.setattr("builtins.input", lambda *a: pytest.fail("somebody was asked"))
+    commands = [
+        ["evaluate", folder, "--text", tmp_path / "t.txt"],
+        ["prune", folder, "--calibration", tmp_path / "t.txt", "--output", tmp_path / "out"],
+        ["sft", "--model_name_or_path", folder, "--dataset_name", tmp_path / "t.txt", "--output_dir", tmp_path / "out",
+         "--use_cpu", "true"],
+    ]
+    for argv in commands:
+        assert "--trust_remote_code" in refused(capsys, *argv)
+    assert not (tmp_path / "ran").exists()
+    refused(capsys, *commands[0], "--trust_remote_code")
+    assert (tmp_path / "ran").exists()
+
+
+# ---------------------------------------------------------------------- reports
+
+
+REPORT = {
+    "title": "a run", "seed": 0, "dense": {"perplexity": 4.0, "accuracy": 0.9, "bytes": 10},
+    "pruned": {"sparsity": 0.8, "perplexity": 5.0, "accuracy": 0.8, "bytes": 10, "bytes_packed": 3},
+    "baselines": {"wanda": {
+        "oneshot": {"sparsity": 0.8, "perplexity": 9.0, "accuracy": 0.1},
+        "distilled": {"sparsity": 0.8, "perplexity": 6.0, "accuracy": 0.5},
+    }},
+    "history": {"sparsity": [[1, 0.0], [2, 0.8]], "reward": [[1, 0.5], [2, 0.6]], "distill_loss": {"mama": [[1, 0.5]]}},
+    "sparsity_by_matrix": [{"name": "a", "block": 0, "kind": "q_proj", "sparsity": 0.5, "size": 4}],
+    "attribution": {"edges_log10": [-1, 0, 1], "kept": [1, 2], "pruned": [2, 1]},
+    "trajectory": {
+        "steps": [0, 5], "stages": [["sft", 0]],
+        **{f"{kind}{suffix}": [0.1, 0.2] for kind in ("kept", "pruned") for suffix in ("", "_p10", "_p90")},
+    },
+    "stages": [{"name": "sft", "seconds": 1.0, "steps": 2, "tokens": 3}],
+    "samples": [{"prompt": "1", "dense": "2", "pruned": "3"}],
+    "protocol": {"tokens": 5, "sequence_length": 8}, "model": {"parameters": 5, "prunable": 4},
+}
+SPOTS = [
+    ("dense",), ("dense", "perplexity"), ("pruned", "sparsity"), ("pruned", "bytes_packed"), ("baselines",),
+    ("baselines", "wanda"), ("baselines", "wanda", "distilled", "accuracy"), ("history",), ("history", "reward"),
+    ("history", "reward", 0), ("history", "distill_loss", "mama"), ("sparsity_by_matrix",), ("sparsity_by_matrix", 0),
+    ("sparsity_by_matrix", 0, "block"), ("sparsity_by_matrix", 0, "kind"), ("attribution",), ("attribution", "kept"),
+    ("attribution", "edges_log10"), ("trajectory",), ("trajectory", "kept"), ("trajectory", "stages"),
+    ("trajectory", "steps"),
+    ("stages",), ("stages", 0, "tokens"), ("samples", 0), ("samples", 0, "prompt"), ("protocol", "tokens"),
+    ("model", "parameters"),
+    ("title",),
+]
+
+
+@pytest.mark.parametrize("spot", SPOTS, ids=lambda spot: ".".join(map(str, spot)))
+@pytest.mark.parametrize("value", [{"reward": 5}, [[["x"]]], "\ud800"], ids=["mapping", "list", "text"])
+def test_reports_with_another_kind_of_value_anywhere(tmp_path, capsys, spot, value):
+    check_report(REPORT, "report.json")
+    report = json.loads(json.dumps(REPORT))
+    inner = report
+    for key in spot[:-1]:
+        inner = inner[key]
+    inner[spot[-1]] = value
+    with refusal("report.json is damaged"):
+        check_report(report, "report.json")
+
+
+@pytest.mark.parametrize("text", [
+    "", "{", "null", "[]", "5", "{}", "[" * 99999, '{"dense": {}}', '{"a": ' + "9" * 5000 + "}",
+])
+def test_damaged_reports_are_one_sentence_and_nothing_is_drawn(tmp_path, capsys, text):
+    (tmp_path / "report.json").write_text(text)
+    with unchanged(tmp_path):
+        assert "report.json" in refused(capsys, "report", tmp_path)
+
+
+@pytest.mark.parametrize("change", [
+    {"sparsity_by_matrix": [{"block": 10**9, "kind": "a", "sparsity": 0.5}]}, {"pruned": {"sparsity": 2}},
+    {"history": {"reward": [[1]], "sparsity": [[1, 0.5]]}},
+    {"sparsity_by_matrix": [{"block": 0, "kind": "$\\frac$", "sparsity": 0.5}]},
+    {"attribution": {"edges_log10": [0, 1], "kept": [1, 2], "pruned": [1]}},
+])
+def test_reports_that_cannot_be_drawn(tmp_path, capsys, change):
+    (tmp_path / "report.json").write_text(json.dumps({**REPORT, **change}))
+    with unchanged(tmp_path):
+        assert "is damaged" in refused(capsys, "report", tmp_path)
+
+
+def test_a_whole_report_is_written_and_measures_of_broken_models_are_shown(tmp_path):
+    broken = {**REPORT, "pruned": {**REPORT["pruned"], "perplexity": float("nan")}}
+    for report in (REPORT, broken):
+        (tmp_path / "report.json").write_text(json.dumps(report))
+        assert main(["report", str(tmp_path)]) == 0
+        assert (tmp_path / "report.html").stat().st_size > 10000
+    assert not list(tmp_path.glob(".*"))
