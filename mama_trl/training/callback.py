@@ -148,7 +148,10 @@ class MamaCallback(RunView, TrainerCallback):
     def on_evaluate(self, args, state, control, metrics=None, **kwargs):
         self._facts.take(args, state, metrics)
 
+    @torch.no_grad()
     def on_save(self, args, state, control, **kwargs):
+        if self._looked != state.global_step:  # whoever asked for this save did so behind this callback
+            check_finite(self.run.parameters, state.global_step, args.output_dir)
         self.run.save(Path(args.output_dir) / f"checkpoint-{state.global_step}", True, step=state.global_step)
         self._forget_best(state)
 

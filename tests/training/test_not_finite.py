@@ -91,6 +91,21 @@ def test_a_callback_that_saves_on_its_own_saves_no_nan_either(rows, tmp_path):
     assert (good / "model.safetensors").read_bytes() == before
 
 
+def test_a_checkpoint_of_nan_never_becomes_whole(rows, tmp_path):
+    """Of a model whose save nobody watches (a plain module), when another callback asks for it."""
+
+    class Save(TrainerCallback):
+        def on_train_begin(self, args, state, control, model=None, **kwargs):
+            del vars(model)["save_pretrained"]
+
+        def on_step_end(self, args, state, control, **kwargs):
+            control.should_save = True
+
+    with pytest.raises(MamaError, match="after step 5.*resume from checkpoint-4"):
+        train(tiny("llama"), rows, tmp_path, callbacks=[Spoil(4), Save()], logging_steps=100)
+    assert newest_whole(tmp_path).name == "checkpoint-4" and saved.not_finite(tmp_path / "checkpoint-4") == 0
+
+
 def test_a_model_that_comes_with_a_nan_is_refused(rows, tmp_path):
     model = tiny("llama")
     with torch.no_grad():
