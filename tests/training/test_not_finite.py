@@ -95,10 +95,8 @@ def test_a_checkpoint_of_nan_never_becomes_whole(rows, tmp_path):
     """Of a model whose save nobody watches (a plain module), when another callback asks for it."""
 
     class Save(TrainerCallback):
-        def on_train_begin(self, args, state, control, model=None, **kwargs):
-            del vars(model)["save_pretrained"]
-
-        def on_step_end(self, args, state, control, **kwargs):
+        def on_step_end(self, args, state, control, model=None, **kwargs):
+            vars(model).pop("save_pretrained", None)
             control.should_save = True
 
     with pytest.raises(MamaError, match="after step 5.*resume from checkpoint-4"):
