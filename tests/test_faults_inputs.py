@@ -269,7 +269,7 @@ def test_rows_of_every_right_kind_pass(place, halted, tmp_path, rows):
 
 @pytest.mark.parametrize("name, data", [
     ("a.parquet", b"PAR1xxxx"), ("a.csv", b"\xff\xfe\x00"), ("a.txt", b"\xff\xfe\x00\x80"), ("a.json", b"{"),
-    ("a.xyz", b"x"),
+    ("a.xyz", b"\0x"),
 ])
 def test_files_of_data_that_cannot_be_read(place, halted, capsys, tmp_path, name, data):
     (tmp_path / name).write_bytes(data)

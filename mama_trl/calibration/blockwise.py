@@ -5,14 +5,16 @@ from typing import Iterator
 from torch import Tensor, nn
 
 from ..model.blocks import find_blocks
+from ..model.language import call
 from ..model.runner import BlockRunner, experts_one_by_one, inference
+from ..model.sequences import Sequences, batches
 from ..model.targets import Target
 from .grams import Measured, collect
 from .progress import Progress
 
 
 def blockwise(
-    model: nn.Module, sequences: Tensor, targets: list[Target], progress: Progress, batch_size: int = 8
+    model: nn.Module, sequences: Sequences, targets: list[Target], progress: Progress, batch_size: int = 8
 ) -> Iterator[Measured]:
     """Yields the grams of each decoder block, calibrated on the blocks before it as its taker has changed them.
 
@@ -21,19 +23,18 @@ def blockwise(
     (`contextlib.closing`) where it is not exhausted, so that the model is left as it was.
 
     Args:
-        sequences: token ids, int64 (n, sequence_length).
+        sequences: token ids, int64 (n, sequence_length), or 1-D tensors of any lengths.
         progress: a block that it holds is restored instead of measured.
 
     Raises:
         MamaError: blocks get arguments that depend on the tokens (such as embeddings per layer).
     """
     blocks = find_blocks(model)
-    device = next(model.parameters()).device
-    batches = sequences.to(device).split(batch_size)
+    parts = batches(sequences, batch_size, next(model.parameters()).device)
     progress.begin(len(blocks))
     with inference(model), experts_one_by_one(targets):
         runner = BlockRunner(model, blocks)
-        hidden = [runner.first_inputs(batch) for batch in batches]
+        hidden = [runner.first_inputs(batch) for batch in parts]
         for index, (name, block) in enumerate(blocks):
             own = [t for t in targets if t.module_name.startswith(name + ".")]
             if own and progress.holds(own):
@@ -46,15 +47,22 @@ def blockwise(
             progress.advance()
         hidden.clear()
         outside = [t for t in targets if t.block is None]
-        yield from measured_outside(model, batches, outside, progress)
+        yield from measured_outside(model, parts, outside, progress)
 
 
 def measured_outside(
-    model: nn.Module, batches: tuple[Tensor, ...], targets: list[Target], progress: Progress
+    model: nn.Module, parts: list[Tensor], targets: list[Target], progress: Progress, passes: int = 0
 ) -> Iterator[Measured]:
-    """Yields the grams of targets outside every block, from one run of the whole model; nothing if there are none."""
+    """Yields the grams of targets outside every block, from one run of the whole model; nothing if there are none.
+
+    Args:
+        passes: at least so many forward passes, where other ranks need this one's part in theirs.
+    """
     if targets and progress.holds(targets):
         progress.restore(targets)
     elif targets:
-        yield Measured(targets, collect(model, targets, lambda: [model(input_ids=b, use_cache=False) for b in batches]))
+        grams = collect(model, targets, lambda: [call(model, part) for part in parts])
+        for _ in range(len(parts), passes):
+            call(model, parts[-1])
+        yield Measured(targets, grams)
         progress.finish(targets)

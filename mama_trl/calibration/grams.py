@@ -62,10 +62,20 @@ class _ExpertInputs(TorchFunctionMode):
                     self._grams[target.name].add(rows[(rows != 0).any(-1)])  # tokens of other experts are zeroed
 
 
-def collect(module: nn.Module, targets: list[Target], forward: Callable[[], None]) -> dict[str, Gram]:
+def first_of(args: tuple, kwargs: dict) -> Tensor:
+    """What a layer reads, whether it is called by position or by name."""
+    return args[0] if args else next(iter(kwargs.values()))
+
+
+def collect(
+    module: nn.Module, targets: list[Target], forward: Callable[[], None], share: bool = True
+) -> dict[str, Gram]:
     """Grams by target name while `forward` runs `module`; layers that read the very same tensor share one `Gram`.
 
     A fused expert's gram is over the tokens that were routed to it.
+
+    Args:
+        share: False where ranks add their grams up and one may call layers that another does not.
     """
     linear = [t for t in targets if t.expert is None]
     fused = [t for t in targets if t.expert is not None]
@@ -76,7 +86,7 @@ def collect(module: nn.Module, targets: list[Target], forward: Callable[[], None
     def note(target: Target, inputs: Tensor) -> None:
         if target.name not in leader:
             # Query, key and value (gate and up) are called one after the other on one and the same tensor.
-            leader[target.name] = last[1] if last[0] is inputs else target.name
+            leader[target.name] = last[1] if share and last[0] is inputs else target.name
             if leader[target.name] == target.name:
                 grams[target.name] = Gram.zeros(target.shape[1], target.parameter.device)
             else:
@@ -84,17 +94,17 @@ def collect(module: nn.Module, targets: list[Target], forward: Callable[[], None
         first = leader[target.name]
         if first == target.name:
             grams[first].add(inputs)
-        elif last[0] is not inputs:
+        elif share and last[0] is not inputs:
             raise MamaError(
                 f"{target.name} does not read the tensor that {first} reads in every batch: this model's layers "
                 "cannot be calibrated."
             )
         last[:] = inputs, first
 
-    handles = [
-        t.module.register_forward_pre_hook(lambda _, args, t=t: note(t, args[0]))
-        for t in linear
-    ]
+    def hook_of(target: Target) -> Callable:
+        return lambda _, args, kwargs: note(target, first_of(args, kwargs))
+
+    handles = [t.module.register_forward_pre_hook(hook_of(t), with_kwargs=True) for t in linear]
     try:
         with _ExpertInputs(fused, grams) if fused else nullcontext():
             forward()
@@ -111,4 +121,4 @@ def collect(module: nn.Module, targets: list[Target], forward: Callable[[], None
     for target in linear:  # an expert in a list of modules to which no token came
         if target.name not in grams:
             grams[target.name] = Gram.zeros(target.shape[1], target.parameter.device)
-    return grams
+    return {target.name: grams[target.name] for target in targets}  # in the same order on every rank

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ..model.targets import Target
+from .grams import first_of
 
 INPUT, OUTPUT = "(input)", "(output)"
 
@@ -25,7 +26,8 @@ class LayerGroup:
     the group's inputs from the residual stream at `source`. Places are names of submodules, meaning their inputs, or
     INPUT and OUTPUT of the block. `last` is the module whose inputs end the measuring pass. `whole` is set where a
     block can be started behind this group: the submodule (the attention) that all of the block up to `place` runs
-    through, beside the residual stream itself; see `silenced`.
+    through, beside the residual stream itself; see `silenced`. `apart`: the probe did not show which targets read one
+    tensor, so each gets a gram of its own.
     """
 
     targets: list[Target] = field(default_factory=list)
@@ -36,6 +38,7 @@ class LayerGroup:
     source: str = ""
     last: Optional[nn.Module] = None
     whole: Optional[nn.Module] = None
+    apart: bool = False
 
 
 @dataclass(eq=False)
@@ -125,7 +128,7 @@ def plan_groups(
             group.norm, group.source = _source(block, group, plain, streams)
     uncalled = [t for t in own if t not in order]
     if uncalled:  # experts in a list to which no token of the probe came: measured over a whole pass, at the end
-        groups.append(LayerGroup(uncalled))
+        groups.append(LayerGroup(uncalled, apart=True))
     return groups
 
 
@@ -144,12 +147,13 @@ def _order(own: list[Target], run: Callable[[], Tensor]) -> tuple[list[Target], 
     called: list[nn.Module] = []
     inputs: dict[nn.Module, Tensor] = {}
 
-    def hook(module, args):
+    def hook(module, args, kwargs):
         if module not in inputs:
             called.append(module)
-            inputs[module] = args[0] if args else None
+            inputs[module] = first_of(args, kwargs)
 
-    handles = [module.register_forward_pre_hook(hook) for module in dict.fromkeys(t.module for t in own)]
+    modules = dict.fromkeys(t.module for t in own)
+    handles = [module.register_forward_pre_hook(hook, with_kwargs=True) for module in modules]
     try:
         run()
     finally:

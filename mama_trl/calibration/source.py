@@ -21,8 +21,12 @@ class BlocksInPlace:
     may_stop = True  # whether a forward pass of the model may be ended by an exception
 
     def broadcast_tokens(self, tokens: Tensor) -> Tensor:
-        """The first rank's `tokens`, on every rank."""
+        """The first rank's `tokens` (1-D), on every rank, whatever length the others' have."""
         return tokens
+
+    def passes(self, number: int) -> int:
+        """How many forward passes of the whole model this rank takes part in, of which `number` are its own."""
+        return number
 
     def take(self, index: int, name: str, block: nn.Module, own: list[Target]) -> tuple[nn.Module, list[Target]]:
         """A block that runs without any other rank, and its targets `own`."""
@@ -51,7 +55,11 @@ class GatheredBlocks(BlocksInPlace):
         self._plain: Optional[nn.Module] = None
 
     def broadcast_tokens(self, tokens: Tensor) -> Tensor:
-        return ranks.from_rank(tokens.clone(), 0, self._group)
+        return ranks.row_from_rank(tokens, 0, self._group)
+
+    def passes(self, number: int) -> int:
+        # Each pass gathers the parameters from all ranks: one that has fewer batches must go along.
+        return ranks.largest(number, self._group, next(self._model.parameters()).device)
 
     def take(self, index: int, name: str, block: nn.Module, own: list[Target]) -> tuple[nn.Module, list[Target]]:
         release_gathered(self._model)
@@ -84,7 +92,7 @@ class BroadcastBlocks(BlocksInPlace):
         self._group = group
 
     def broadcast_tokens(self, tokens: Tensor) -> Tensor:
-        return ranks.from_rank(tokens.clone(), 0, self._group)
+        return ranks.row_from_rank(tokens, 0, self._group)
 
 
 def blocks_of(model: nn.Module, shards: dict[str, Shard], group: ranks.Group) -> BlocksInPlace:

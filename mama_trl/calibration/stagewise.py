@@ -21,10 +21,11 @@ from torch import Tensor, nn
 
 from ..model.blocks import find_blocks
 from ..model.runner import BlockRunner, Stop, experts_one_by_one, inference
+from ..model.sequences import Sequences, batches
 from ..model.targets import Target
 from ..solvers.problem import Goal, Gram
 from .blockwise import measured_outside
-from .grams import Measured, collect
+from .grams import Measured, collect, first_of
 from .plan import INPUT, OUTPUT, LayerGroup, plan_groups, rms, silenced, startable_segments, tokens_of
 from .progress import Progress
 from .source import BlocksInPlace
@@ -34,7 +35,7 @@ PROBE_TOKENS = 32
 
 def stagewise(
     model: nn.Module,
-    sequences: Tensor,
+    sequences: Sequences,
     targets: list[Target],
     progress: Progress,
     batch_size: int = 8,
@@ -48,22 +49,24 @@ def stagewise(
     (`contextlib.closing`) where it is not exhausted, so that the model is left as it was.
 
     Args:
-        sequences: token ids, int64 (n, sequence_length).
+        sequences: token ids, int64 (n, sequence_length), or 1-D tensors of any lengths; another rank may have others,
+            in another number.
         progress: a block that it holds is restored instead of measured.
         source: gives each block in a form that this process can run alone; default as it stands in the model.
     """
     source = source if source is not None else BlocksInPlace()
     blocks = find_blocks(model)
-    device = next(model.parameters()).device
-    sequences = sequences.to(device)
-    batches = sequences.split(batch_size)
+    parts = batches(sequences, batch_size, next(model.parameters()).device)
+    passes = source.passes(len(parts))
     progress.begin(len(blocks))
     with inference(model), experts_one_by_one(targets):
         runner = BlockRunner(model, blocks, source.may_stop)
-        dense = [runner.first_inputs(batch) for batch in batches]
-        # Its own: what a block is given depends on batch size and length.
+        dense = [runner.first_inputs(part) for part in parts]
+        for _ in range(len(parts), passes):
+            runner.first_inputs(parts[-1])
+        # Its own: what a block is given depends on the batch's shape, and the real ones must not be overwritten.
         short = BlockRunner(model, blocks, source.may_stop)
-        probe = short.first_inputs(source.broadcast_tokens(sequences[:1, :PROBE_TOKENS]))
+        probe = short.first_inputs(source.broadcast_tokens(parts[0][0, :PROBE_TOKENS]).unsqueeze(0))
         pruned = list(dense)
         for index, (name, block) in enumerate(blocks):
             own = [t for t in targets if t.module_name.startswith(name + ".")]
@@ -86,7 +89,7 @@ def stagewise(
         dense.clear()
         pruned.clear()
         outside = [t for t in targets if t.block is None]
-        yield from measured_outside(model, batches, outside, progress)
+        yield from measured_outside(model, parts, outside, progress, passes)
 
 
 class _Walk:
@@ -188,8 +191,8 @@ def _measure(
         pairs = torch.zeros(first.shape[1], first.shape[1], device=first.parameter.device)
         pairs = Goal(pairs, pairs.new_zeros(first.shape[1]))
 
-    def silence(_, args, out):
-        seen["inputs"] = args[0]
+    def silence(_, args, kwargs, out):
+        seen["inputs"] = first_of(args, kwargs)
         seen["outputs"] = out  # of the weight as it is, on inputs that pruned layers made
         return torch.zeros_like(out)
 
@@ -197,19 +200,19 @@ def _measure(
         seen["before"] = args[0]
         raise Stop
 
-    def stop(_, args):
-        seen["inputs"] = args[0]
+    def stop(_, args, kwargs):
+        seen["inputs"] = first_of(args, kwargs)
         raise Stop
 
     def forward() -> None:
         # Registered here, after the hooks that feed the grams, so that those run first.
         handles = []
         if writer:
-            handles.append(writer.module.register_forward_hook(silence))
+            handles.append(writer.module.register_forward_hook(silence, with_kwargs=True))
             if group.place != OUTPUT:
                 handles.append(block.get_submodule(group.place).register_forward_pre_hook(arrive))
         elif group.last is not None:
-            handles.append(group.last.register_forward_pre_hook(stop))
+            handles.append(group.last.register_forward_pre_hook(stop, with_kwargs=True))
         try:
             for i, states in enumerate(pruned):
                 try:
@@ -235,7 +238,7 @@ def _measure(
             for handle in handles:
                 handle.remove()
 
-    grams = collect(block, group.targets, forward)
+    grams = collect(block, group.targets, forward, share=not group.apart)
     if writer:
         return ({writer.name: weighted} if group.post else grams), {writer.name: goal}
     if pairs is None:

@@ -18,6 +18,7 @@ from ..training.distillation.config import MamaDistillationConfig
 from ..training.distillation.trainer import MamaDistillationTrainer
 from ..training.grpo.config import MamaGRPOConfig
 from ..training.grpo.trainer import MamaGRPOTrainer
+from ..training.trl_private import tokens_seen
 from . import arithmetic, corpus
 from .progress import StageBar
 from .recipe import BASELINES
@@ -196,6 +197,6 @@ def baselines(run: Run, label: str) -> dict:
         distilled = {"sparsity": trainer.mama.sparsity, **run.evaluate(trainer.model)}
         results[method] = {"oneshot": oneshot, "distilled": distilled}
         steps += trainer.state.global_step
-        tokens += trainer._total_train_tokens
+        tokens += tokens_seen(trainer)
         remove_written(folder, MODEL_NAMES)
     return {"steps": steps, "tokens": int(tokens), "results": results, "loss": losses}

@@ -41,11 +41,16 @@ def engine_of(model: nn.Module) -> str:
     return shard_of("", next(iter(model.parameters()))).engine()
 
 
+def refuse_quantized(model: nn.Module) -> None:
+    """Raises `MamaError` for weights that are not floating point."""
+    if any(not p.is_floating_point() for p in model.parameters()) or getattr(model, "is_quantized", False):
+        raise MamaError("the model holds quantized (8-bit or 4-bit) weights, which cannot be pruned: load it in bf16.")
+
+
 def _refuse_unsupported(model: nn.Module) -> None:
+    refuse_quantized(model)
     engine = AcceleratorState().distributed_type if AcceleratorState._shared_state else DistributedType.NO
     parameters = list(model.parameters())
-    if any(not p.is_floating_point() for p in parameters) or getattr(model, "is_quantized", False):
-        raise MamaError("the model holds quantized (8-bit or 4-bit) weights, which cannot be pruned: load it in bf16.")
     if any(isinstance(module, FullyShardedDataParallel) for module in model.modules()):
         raise MamaError("MAMA masks need FSDP2, and this is FSDP1: set `fsdp_version: 2` in the accelerate config.")
     if engine == DistributedType.MEGATRON_LM:

@@ -47,10 +47,18 @@ def total(tensor: Tensor, group: Group) -> Tensor:
 
 
 def smallest(number: int, group: Group, device: torch.device) -> int:
+    return _extreme(number, group, device, dist.ReduceOp.MIN)
+
+
+def largest(number: int, group: Group, device: torch.device) -> int:
+    return _extreme(number, group, device, dist.ReduceOp.MAX)
+
+
+def _extreme(number: int, group: Group, device: torch.device, which) -> int:
     if group is None:
         return number
     value = _there(torch.tensor(number, device=device), group)
-    dist.all_reduce(value, dist.ReduceOp.MIN, group=group)
+    dist.all_reduce(value, which, group=group)
     return int(value)
 
 
@@ -71,6 +79,15 @@ def from_rank(tensor: Tensor, source: int, group: Group) -> Tensor:
     sent = _there(tensor, group)
     dist.broadcast(sent, src=dist.get_global_rank(group, source), group=group)
     return sent.to(tensor.device)
+
+
+def row_from_rank(row: Tensor, source: int, group: Group) -> Tensor:
+    """Rank `source`'s 1-D tensor, on every rank; each may come with one of another length."""
+    if group is None:
+        return row
+    length = int(from_rank(torch.tensor(row.numel(), device=row.device), source, group))
+    own = row if rank(group) == source else torch.empty(length, dtype=row.dtype, device=row.device)
+    return from_rank(own.clone(), source, group)
 
 
 def agree(digest: str, group: Group, device: torch.device) -> bool:

@@ -156,7 +156,8 @@ def _loaded(what: str, source: str, load: Any, **options) -> Any:
 
 def sequence_length(source: str, asked: Optional[int], trust_remote_code: bool = False) -> int:
     """The asked length, or the model's context up to 2048. Raises `MamaError` beyond the context."""
-    context = getattr(load_config(source, trust_remote_code), "max_position_embeddings", None) or 2048
+    text = load_config(source, trust_remote_code).get_text_config()
+    context = getattr(text, "max_position_embeddings", None) or 2048
     if not isinstance(context, int) or context < 2:
         raise MamaError(f"the config.json of {source} has {shown(context)} as `max_position_embeddings`: set it right.")
     if asked is not None and asked > context:

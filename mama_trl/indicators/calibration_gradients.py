@@ -9,17 +9,20 @@ from torch import Tensor, nn
 from torch.nn import functional
 from tqdm import tqdm
 
+from ..model.language import call, logits_of
+from ..model.sequences import Sequences, batches
 from ..model.targets import Target
 from .formulas import sensitivity
 
 
 def sensitivities(
-    model: nn.Module, rows: Tensor, targets: list[Target], batch_size: int = 8, progress: bool = False
+    model: nn.Module, rows: Sequences, targets: list[Target], batch_size: int = 8, progress: bool = False
 ) -> dict[str, Tensor]:
     """Mean over batches of |w g| by target name, (out, in) in bf16.
 
     Args:
-        rows: token ids, int64 (n, sequence_length); the loss is the model's own next-token cross-entropy.
+        rows: token ids, int64 (n, sequence_length), or 1-D tensors of any lengths; the loss is the model's own
+            next-token cross-entropy.
     """
     parameters = {id(t.parameter): t.parameter for t in targets}
     totals = {key: torch.zeros_like(p.data, dtype=torch.bfloat16) for key, p in parameters.items()}
@@ -40,11 +43,10 @@ def sensitivities(
             parameter.grad = None
         handles = [p.register_post_accumulate_grad_hook(take) for p in parameters.values()]
         device = next(model.parameters()).device
-        for batch in tqdm(rows.split(batch_size), desc="sensitivity", disable=not progress, leave=False):
+        for batch in tqdm(batches(rows, batch_size, device), desc="sensitivity", disable=not progress, leave=False):
             seen += 1
-            batch = batch.to(device)
             with torch.enable_grad():
-                logits = model(input_ids=batch, use_cache=False).logits[:, :-1]
+                logits = logits_of(call(model, batch))[:, :-1]
                 functional.cross_entropy(logits.flatten(0, 1).float(), batch[:, 1:].flatten()).backward()
     finally:
         for handle in handles:

@@ -7,7 +7,10 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import MamaError
+from .language import call, is_encoder_decoder
 from .targets import Target
+
+_PLAIN = "use method magnitude, or in training `indicators` magnitude and `redistribution` none"
 
 
 class Stop(Exception):
@@ -44,14 +47,18 @@ class BlockRunner:
     """How the model calls its blocks: each block's arguments beside the hidden states.
 
     They (masks, positions, rotary tables, a sliding window in some layers) do not depend on the tokens, so they are
-    noted once per batch size, by one run of the model that ends before its last block.
+    noted once per shape of a batch, by one run of the model that ends before its last block.
+
+    Raises:
+        MamaError: an encoder-decoder, whose decoder reads what the encoder made of other tokens.
     """
 
     def __init__(self, model: nn.Module, blocks: list[tuple[str, nn.Module]], may_stop: bool = True):
+        check_walkable(model)
         self._model = model
         self._may_stop = may_stop  # False: engines whose hooks must see every forward pass to its end
         self._blocks = [block for _, block in blocks]
-        self._noted: dict[int, list[tuple[tuple, dict]]] = {}
+        self._noted: dict[torch.Size, list[tuple[tuple, dict]]] = {}
 
     def put(self, index: int, block: nn.Module) -> None:
         """Runs `block` in the place of the model's own."""
@@ -59,45 +66,68 @@ class BlockRunner:
 
     def first_inputs(self, batch: Tensor) -> Tensor:
         """Hidden states before the first block for token ids `batch` (n, sequence_length)."""
-        size = batch.shape[0]
-        fresh = size not in self._noted
-        states, *noted = self._watch(batch, self._blocks if fresh else self._blocks[:1])
+        fresh = batch.shape not in self._noted
+        states, calls = self._watch(batch, self._blocks if fresh else self._blocks[:1])
         if fresh:
-            self._noted[size] = noted
-        elif not _same(noted[0], self._noted[size][0]):
+            if len(calls) != len(self._blocks):
+                raise MamaError(
+                    f"{type(self._model).__name__} makes {len(calls)} calls of {len(self._blocks)} blocks, where "
+                    f"calibration needs one of each, in order: {_PLAIN}."
+                )
+            self._noted[batch.shape] = calls
+        elif not _same(calls[0], self._noted[batch.shape][0]):
             raise MamaError(
                 f"the blocks of {type(self._model).__name__} get arguments that change with the tokens, which "
-                "block-by-block calibration cannot give them: use method magnitude."
+                f"block-by-block calibration cannot give them: {_PLAIN}."
             )
         return states
 
     def run(self, index: int, states: Tensor) -> Tensor:
         """One block on hidden states (n, sequence_length, hidden)."""
-        args, kwargs = self._noted[states.shape[0]][index]
+        args, kwargs = self._noted[states.shape[:2]][index]
         out = self._blocks[index](states, *args, **kwargs)
         return out[0] if isinstance(out, tuple) else out
 
-    def _watch(self, batch: Tensor, blocks: list[nn.Module]) -> list:
-        """[the first block's inputs, each block's (args, kwargs)]; stops before the last of `blocks` runs."""
-        seen: list = []
+    def _watch(self, batch: Tensor, blocks: list[nn.Module]) -> tuple[Tensor, list[tuple[tuple, dict]]]:
+        """The first block's inputs and each block's (args, kwargs); stops before the last of `blocks` runs."""
+        states: list[Tensor] = []
+        calls: list[tuple[tuple, dict]] = []
 
         def hook(block, args, kwargs):
-            states = args[0] if args else kwargs["hidden_states"]
-            if not seen:
-                seen.append(states)
-            seen.append((args[1:], {k: v for k, v in kwargs.items() if k != "hidden_states"}))
+            name = None if args else _states_in(kwargs, batch)
+            states.append(args[0] if args else kwargs[name])
+            calls.append((args[1:], {key: value for key, value in kwargs.items() if key != name}))
             if block is blocks[-1] and self._may_stop:
                 raise Stop
 
         handles = [block.register_forward_pre_hook(hook, with_kwargs=True) for block in blocks]
         try:
-            self._model(input_ids=batch, use_cache=False)
+            call(self._model, batch)
         except Stop:
             pass
         finally:
             for handle in handles:
                 handle.remove()
-        return seen
+        return states[0], calls
+
+
+def check_walkable(model: nn.Module) -> None:
+    """Raises `MamaError` for a model whose blocks cannot be run one after the other on the tokens alone."""
+    if is_encoder_decoder(model):
+        raise MamaError(
+            f"{type(model).__name__} is an encoder-decoder, whose decoder cannot be calibrated block by block: "
+            f"{_PLAIN}."
+        )
+
+
+def _states_in(kwargs: dict, batch: Tensor) -> str:
+    """Under which name a block gets its hidden states. Raises `MamaError` if that cannot be told."""
+    if "hidden_states" in kwargs:
+        return "hidden_states"
+    for name, value in kwargs.items():
+        if isinstance(value, Tensor) and value.is_floating_point() and value.shape[:2] == batch.shape:
+            return name
+    raise MamaError(f"a block gets no hidden states (n, sequence_length, hidden) that could be calibrated: {_PLAIN}.")
 
 
 def _same(one, other) -> bool:

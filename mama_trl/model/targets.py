@@ -21,8 +21,9 @@ logger = logging.getLogger(__name__)
 class Target:
     """One prunable matrix.
 
-    `name` is the parameter's name in the model's state dict; `matrix` is always (out, in), also for
-    GPT-2's `Conv1D`, whose `parameter` is stored (in, out). `block` is the decoder layer's number.
+    `name` is the parameter's name in the model's state dict, where it is found again: a head that is tied to the token
+    embedding goes by the embedding's. `matrix` is always (out, in), also for GPT-2's `Conv1D`, whose `parameter` is
+    stored (in, out). `block` is the decoder layer's number.
 
     A mixture of experts keeps the matrices of all its experts in one 3-D parameter: then `expert` is the position
     in it, `name` ends in `[expert]`, and `parameter` and `parameter_name` stand for the whole 3-D parameter.
@@ -43,7 +44,7 @@ class Target:
 
     @property
     def parameter_name(self) -> str:
-        return f"{self.module_name}.{self.attribute}"
+        return self.name.partition("[")[0]
 
     @property
     def matrix(self) -> Tensor:
@@ -54,6 +55,12 @@ class Target:
     def shape(self) -> tuple[int, int]:
         rows, columns = full_shape(self.parameter)[-2:]
         return (columns, rows) if self.transposed else (rows, columns)
+
+    @property
+    def of_mixture(self) -> bool:
+        """Whether this is an expert's, fused or in a list within the block, which a router may pass by."""
+        numbers = sum(part.isdigit() for part in self.module_name.split("."))
+        return self.expert is not None or (self.block is not None and numbers > 1)
 
     @property
     def device(self) -> torch.device:
@@ -112,7 +119,7 @@ def find_targets(
         )
     blocks = find_blocks(model)
     number = {name: index for index, (name, _) in enumerate(blocks)}
-    depth = blocks[0][0].count(".") + 1
+    stored = {id(parameter): name for name, parameter in model.named_parameters()}  # the first of tied ones
     routers = find_routers(model)
     found = []
     for module_name, module in model.named_modules():
@@ -120,7 +127,8 @@ def find_targets(
         fused = {} if linear else fused_experts(module)
         if not linear and not fused:
             continue
-        block = number.get(".".join(module_name.split(".")[:depth]))
+        parts = module_name.split(".")
+        block = next((number[name] for i in range(1, len(parts)) if (name := ".".join(parts[:i])) in number), None)
         if target_modules is None:
             wanted = block is not None and module_name not in routers
         else:
@@ -131,8 +139,10 @@ def find_targets(
             continue
         kind = module_name.rpartition(".")[2]
         if linear:
-            input_first = isinstance(module, Conv1D)
-            found.append(Target(f"{module_name}.weight", module_name, module, kind, block, transposed=input_first))
+            name = stored.get(id(module.weight), f"{module_name}.weight")
+            found.append(Target(name, module_name, module, kind, block, transposed=isinstance(module, Conv1D)))
+            if name != f"{module_name}.weight":
+                warn_once(logger, f"{module_name}.weight is one parameter with {name}, which is pruned with it.")
         elif experts:
             input_first = stored_input_first(module, fused, hidden_size(model))
             found += [
@@ -156,13 +166,13 @@ def find_targets(
 
 
 def _refuse_shared(targets: list[Target]) -> None:
-    seen: dict[tuple, str] = {}
+    seen: dict[tuple, Target] = {}
     for target in targets:
-        first = seen.setdefault((id(target.parameter), target.expert), target.name)
-        if first != target.name:
+        first = seen.setdefault((id(target.parameter), target.expert), target)
+        if first is not target:
             raise MamaError(
-                f"{target.name} and {first} are one tied parameter, which two masks cannot share: put one of "
-                "them into `exclude_modules`."
+                f"{target.module_name}.{target.attribute} and {first.module_name}.{first.attribute} are one tied "
+                "parameter, which two masks cannot share: put one of them into `exclude_modules`."
             )
 
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field, replace
 from typing import Iterator, Optional
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from ..calibration.blockwise import blockwise
 from ..calibration.grams import Measured
@@ -14,13 +14,15 @@ from ..calibration.progress import Progress
 from ..calibration.stagewise import stagewise
 from ..config import RECORDED_BUDGETS, PruningOptions, check_choice
 from ..engines.detect import shards_of
-from ..errors import MamaError, shown
+from ..errors import MamaError
 from ..indicators.calibration_gradients import sensitivities
 from ..indicators.combine import Criterion
 from ..indicators.source import ScoreSource, StoredScores
 from ..masks.known import remember
 from ..masks.maskset import MaskSet
 from ..model.fits import check_fits
+from ..model.language import check_readable
+from ..model.sequences import Sequences, check_sequences, spread_evenly, tokens_in
 from ..model.targets import Target, find_targets
 from ..selection.allocation import allocate
 from ..solvers.magnitude import magnitude
@@ -37,7 +39,7 @@ TOKENS_PER_INPUT = 16
 
 def prune(
     model: nn.Module,
-    calibration: Optional[Tensor] = None,
+    calibration: Optional[Sequences] = None,
     method: str | Method = "mama",
     sparsity: float = PruningOptions.sparsity,
     scores: Optional[ScoreSource] = None,
@@ -54,7 +56,7 @@ def prune(
     magnitude, without redistribution; which ones is logged once.
 
     Args:
-        calibration: token ids, int64 (n, sequence_length); not needed by magnitude.
+        calibration: token ids, int64 (n, sequence_length), or 1-D tensors of any lengths; not needed by magnitude.
         method: a name in `METHODS`, or a `Method`.
         sparsity: pruned share of the prunable connections, in [0, 1).
         scores: where indicators and budgets come from that a training run recorded (see indicators/recorded.py).
@@ -68,9 +70,10 @@ def prune(
         MamaError: a value makes no sense or would have no effect, or calibration tokens or scores are missing.
     """
     options = PruningOptions(sparsity=sparsity, **options)
-    check_calibration(calibration)
+    check_sequences(calibration)
     if isinstance(method, str):
         method = METHODS[check_choice(method, tuple(METHODS), "method")]
+    check_readable(model, calibration)
     scores = scores if scores is not None else StoredScores()
     if placement is None:
         placement = LocalPlacement(find_targets(model, options.target_modules, options.exclude_modules, experts=True))
@@ -85,7 +88,7 @@ def prune(
     if not isinstance(progress, Progress):
         progress = Progress(f"prune ({method.label})", progress)
     progress.masks = placement.found
-    tokens = 0 if calibration is None else calibration.numel()
+    tokens = 0 if calibration is None else tokens_in(calibration)
     sweep = _Sweep(method, options, scores, layer_sparsity, placement, tokens)
     walk = _walk(model, calibration, method, placement, batch_size, progress)
     with torch.no_grad(), closing(progress), closing(walk):
@@ -97,20 +100,9 @@ def prune(
     if not isinstance(placement, DistributedPlacement):  # a training run does both itself
         followed = [(target.parameter_name, target.parameter) for target in placement.targets]
         followed += [(f"bias of {t.name}", t.bias) for t in placement.targets if t.bias is not None]
-        check_solved(shards_of(followed), None if calibration is None else calibration.numel())
+        check_solved(shards_of(followed), None if calibration is None else tokens_in(calibration))
         remember(model, result)
     return result
-
-
-def check_calibration(calibration: Optional[Tensor]) -> None:
-    """Raises `MamaError` if `calibration` is given and is no token ids."""
-    if calibration is None:
-        return
-    if not isinstance(calibration, Tensor) or calibration.dim() != 2 or calibration.is_floating_point():
-        found = list(calibration.shape) if isinstance(calibration, Tensor) else shown(calibration)
-        raise MamaError(f"`calibration` is {found}: give token ids, whole numbers of shape (n, sequence_length).")
-    if not calibration.numel() or calibration.shape[1] < 2:
-        raise MamaError(f"`calibration` has shape {list(calibration.shape)}: give sequences of at least two tokens.")
 
 
 def check_method(options: PruningOptions, method: Method, calibration: bool) -> None:
@@ -150,7 +142,7 @@ def check_redistribution(options: PruningOptions, targets: list[Target]) -> None
 
 
 def _allocated(
-    model: nn.Module, calibration: Optional[Tensor], method: Method, options: PruningOptions, scores: ScoreSource,
+    model: nn.Module, calibration: Optional[Sequences], method: Method, options: PruningOptions, scores: ScoreSource,
     placement: LocalPlacement, batch_size: int, progress: bool,
 ) -> dict[str, float]:
     """Sparsity by target name under the options' budget."""
@@ -171,7 +163,7 @@ def _allocated(
 
 
 def _walk(
-    model: nn.Module, calibration: Optional[Tensor], method: Method, placement: LocalPlacement, batch_size: int,
+    model: nn.Module, calibration: Optional[Sequences], method: Method, placement: LocalPlacement, batch_size: int,
     progress: Progress,
 ) -> Iterator[Measured]:
     """The walk through the model that measures what the method needs."""
@@ -199,6 +191,7 @@ class _Sweep:
     placement: LocalPlacement
     tokens: int
     rare: list[str] = field(default_factory=list)
+    unseen: set[str] = field(default_factory=set)
 
     def solve(self, measured: Measured) -> None:
         """Prunes the layers that were measured together."""
@@ -222,6 +215,8 @@ class _Sweep:
         criterion, inputs = Criterion(self.options.weights), measured.grams.get(target.name)
         if inputs is not None and inputs.tokens < min(FEWEST_TOKENS, self.tokens):
             self.rare.append(target.name)
+            if inputs.tokens == 0 and not target.of_mixture:
+                self.unseen.add(target.name)
         found = {name: self.scores.whole(name, target) for name in criterion.sourced}
         read = self.placement.read(measured.targets, target)
         if read is None:
@@ -239,27 +234,30 @@ class _Sweep:
         )
 
     def warn_of_rare(self) -> None:
-        if self.rare:
+        uncalled = [name for name in self.rare if name in self.unseen]
+        few = [name for name in self.rare if name not in self.unseen]
+        how, all_of_them = "pruned by magnitude without redistribution", len(self.placement.targets)
+        if few:
             logger.warning(
-                "%d of %d matrices saw fewer than %d calibration tokens and were pruned by magnitude without "
-                "redistribution (%s%s): more calibration tokens would reach them.",
-                len(self.rare), len(self.placement.targets), FEWEST_TOKENS, ", ".join(self.rare[:5]),
-                ", ..." if len(self.rare) > 5 else "",
+                "%d of %d matrices saw fewer than %d calibration tokens and were %s (%s): more calibration tokens "
+                "would reach them.", len(few), all_of_them, FEWEST_TOKENS, how, _some(few),
+            )
+        if uncalled:
+            logger.warning(
+                "%d of %d matrices are never called as modules, since their weights are used directly, so what they "
+                "read cannot be measured; they were %s (%s).", len(uncalled), all_of_them, how, _some(uncalled),
             )
 
 
-def _enough(calibration: Tensor, targets: list[Target]) -> Tensor:
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:5]) + (", ..." if len(names) > 5 else "")
+
+
+def _enough(calibration: Sequences, targets: list[Target]) -> Sequences:
     """The calibration sequences that MAMA reads: half of them, or more if that were fewer than 16 tokens per input.
 
     It goes through each block about five times where one-pass methods go twice, so that it costs about the same.
     """
     widest = max(target.shape[1] for target in targets)
-    least = -(-TOKENS_PER_INPUT * widest // calibration.shape[1])
+    least = -(-TOKENS_PER_INPUT * widest * len(calibration) // max(tokens_in(calibration), 1))
     return spread_evenly(calibration, max(-(-len(calibration) // 2), least))
-
-
-def spread_evenly(sequences: Tensor, count: int) -> Tensor:
-    """At most `count` sequences, evenly from all: the first may be of one kind of text, the last of another."""
-    if count >= len(sequences):
-        return sequences
-    return sequences[torch.arange(count, device=sequences.device) * len(sequences) // count]

@@ -18,6 +18,7 @@ from ..indicators.source import TrainingScores
 from ..indicators.trajectory import Trajectory
 from ..masks.bits import pack_bits
 from ..masks.maskset import MaskSet
+from ..model.sequences import Sequences, tokens_in
 from ..model.targets import Target
 from ..selection.allocation import allocate, uniform
 from ..selection.everywhere import global_packed_masks
@@ -38,8 +39,7 @@ class Update:
     Args:
         model: the unwrapped model.
         shards: of the targets' weights and biases, by parameter name.
-        calibration: this rank's token ids, int64 (n, sequence_length), the same n on every rank; needed by
-            activation and by redistribution.
+        calibration: this rank's token ids, in any number and lengths; needed by activation and by redistribution.
     """
 
     model: nn.Module
@@ -48,7 +48,7 @@ class Update:
     config: MamaConfig
     trajectory: Optional[Trajectory] = None
     optimizer: Optional[object] = None
-    calibration: Optional[Tensor] = None
+    calibration: Optional[Sequences] = None
 
     @property
     def owned(self) -> list[Shard]:
@@ -129,7 +129,7 @@ def update_masks(update: Update, sparsity: float) -> MaskSet:
     else:
         masks = select(update, sparsity, shares)
         masks.enforce()
-    check_solved(list(update.shards.values()), None if update.calibration is None else update.calibration.numel())
+    check_solved(list(update.shards.values()), None if update.calibration is None else tokens_in(update.calibration))
     check_agreement(masks, [sparsity, shares, sorted(config.weights.items()), config.scope, config.redistribution])
     return masks
 

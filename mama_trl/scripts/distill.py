@@ -23,18 +23,22 @@ def main(training_args, script_args, model_args, dataset_args) -> None:
     from ..errors import MamaError
     from ..evaluation.loading import check_model_source
     from ..training.distillation.trainer import MamaDistillationTrainer
-    from . import data, training
+    from . import data, rows, training
 
     if not training_args.teacher_model_name_or_path:
         raise MamaError("`teacher_model_name_or_path` is missing: give the dense model's folder or hub id.")
     check_model_source(training_args.teacher_model_name_or_path, trust_remote_code=training_args.trust_remote_code)
     with training.claimed(training_args, script_args, training_args, model_args, dataset_args) as resume:
         train_data, eval_data = data.prepared(script_args, training_args, dataset_args, completions=True)
+        tokenizer = training.tokenizer_of(training_args, model_args)
+        if not training_args.chat_template_path:
+            rows.check_template(train_data, tokenizer, model_args.model_name_or_path)
         training.model_options(training_args, model_args)
         trainer = training.trainer_of(
             MamaDistillationTrainer, model_args.model_name_or_path, args=training_args, train_dataset=train_data,
-            eval_dataset=eval_data, processing_class=training.tokenizer_of(training_args, model_args),
+            eval_dataset=eval_data, processing_class=tokenizer,
         )
+        rows.check_positions(trainer)
         training.train(trainer, resume, script_args.dataset_name, script_args.overwrite)
 
 

@@ -59,7 +59,7 @@ def reward_functions(names: list[str]) -> list:
 def main(training_args, script_args, model_args, dataset_args) -> None:
     from ..errors import MamaError
     from ..training.grpo.trainer import MamaGRPOTrainer
-    from . import data, training
+    from . import data, rows, training
 
     with training.claimed(training_args, script_args, training_args, model_args, dataset_args) as resume:
         rewards = reward_functions(script_args.reward_funcs)
@@ -69,15 +69,17 @@ def main(training_args, script_args, model_args, dataset_args) -> None:
             if needed and column not in columns:
                 raise MamaError(f"the dataset has no column `{column}`, only {', '.join(columns)}: rename one.")
             if needed:
-                data.check_filled(train_data, column)
+                rows.check_filled(train_data, column)
         tokenizer = training.tokenizer_of(training_args, model_args)
         if script_args.chat and tokenizer.chat_template is None:
             raise MamaError(f"`chat` is set, but {model_args.model_name_or_path} has no chat template: leave it out.")
+        rows.check_template(train_data, tokenizer, model_args.model_name_or_path)
         training.model_options(training_args, model_args)
         trainer = training.trainer_of(
             MamaGRPOTrainer, model_args.model_name_or_path, rewards, args=training_args, train_dataset=train_data,
             eval_dataset=eval_data, processing_class=tokenizer,
         )
+        rows.check_positions(trainer)
         training.train(trainer, resume, script_args.dataset_name, script_args.overwrite)
 
 

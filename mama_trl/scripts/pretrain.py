@@ -55,7 +55,7 @@ def main(config, script_args, training_args, model_args, dataset_args) -> None:
     from trl import SFTTrainer
 
     from ..training.callback import MamaCallback
-    from . import data, training
+    from . import data, rows, training
 
     source, scratch = model_args.model_name_or_path, script_args.from_scratch
     with training.claimed(config, script_args, training_args, model_args, dataset_args, not scratch) as resume:
@@ -64,8 +64,11 @@ def main(config, script_args, training_args, model_args, dataset_args) -> None:
         )
         for part in (train_data, eval_data):
             if part is not None:
-                data.check_rows(part, [training_args.dataset_text_field])
-                data.check_learnable(part, training_args.dataset_text_field)
+                rows.check_learnable(part, training_args.dataset_text_field)
+        train_data, eval_data = (
+            None if part is None else rows.check_rows(part, [training_args.dataset_text_field])
+            for part in (train_data, eval_data)
+        )
         options = training.model_options(training_args, model_args)
         tokenizer = training.tokenizer_of(training_args, model_args)
         model = source
@@ -76,6 +79,7 @@ def main(config, script_args, training_args, model_args, dataset_args) -> None:
             SFTTrainer, model, args=training_args, train_dataset=train_data, eval_dataset=eval_data,
             processing_class=tokenizer, callbacks=[MamaCallback(config, stage="pretrain")],
         )
+        rows.check_positions(trainer)
         training.train(trainer, resume, script_args.dataset_name, script_args.overwrite)
 
 

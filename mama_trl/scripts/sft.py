@@ -22,16 +22,20 @@ def main(config, script_args, training_args, model_args, dataset_args) -> None:
     from trl import SFTTrainer
 
     from ..training.callback import MamaCallback
-    from . import data, training
+    from . import data, rows, training
 
     with training.claimed(config, script_args, training_args, model_args, dataset_args) as resume:
         train_data, eval_data = data.prepared(script_args, training_args, dataset_args, completions=True)
+        tokenizer = training.tokenizer_of(training_args, model_args)
+        if not training_args.chat_template_path:
+            rows.check_template(train_data, tokenizer, model_args.model_name_or_path)
         training.model_options(training_args, model_args)
         trainer = training.trainer_of(
             SFTTrainer, model_args.model_name_or_path, args=training_args, train_dataset=train_data,
-            eval_dataset=eval_data, processing_class=training.tokenizer_of(training_args, model_args),
+            eval_dataset=eval_data, processing_class=tokenizer,
             callbacks=[MamaCallback(config, stage="sft")],
         )
+        rows.check_positions(trainer)
         training.train(trainer, resume, script_args.dataset_name, script_args.overwrite)
 
 

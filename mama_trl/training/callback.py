@@ -10,16 +10,18 @@ from pathlib import Path
 from typing import Callable, Optional
 
 import torch
-from torch import Tensor
 from transformers import TrainerCallback
 
 from ..config import MamaConfig
 from ..engines import ranks
+from ..engines.detect import unwrap
 from ..engines.zero import hook_steps
 from ..errors import MamaError
+from ..model.sequences import Sequences, check_sequences
 from .alone import refuse_second
 from .card import CardFacts, write_card
 from .checkpoints import cut_off, let_go_first
+from .checks import check_saveable, check_trainer
 from .finished import Standstill, is_finished
 from .health import check_finite
 from .identity import identity
@@ -40,19 +42,19 @@ class MamaCallback(RunView, TrainerCallback):
 
     Args:
         config: what to prune and when.
-        calibration: token ids, int64 (n, sequence_length), for input norms and grams. Default: the training
-            batches seen just before the mask update.
+        calibration: token ids, int64 (n, sequence_length) or 1-D tensors of any lengths, for input norms and grams.
+            Default: the training batches seen just before the mask update.
         stage: name of this stage in the trajectory's history.
         regime: how the run becomes sparse; made when training begins, of the run's state, its number of steps and
             `calibration`.
 
     `run` (the run's state) and `regime` are there once training has begun; what else it tells is in view.py.
 
-    Raises (at construction):
-        MamaError: `calibration_tokens` beside `calibration`, which would have no effect.
+    Raises (at construction, its own or the trainer's that it is given to):
+        MamaError: `calibration_tokens` beside `calibration`, which would have no effect; nothing to prune, adapters, or
+            anything else in checks.py.
     Raises (at the start of training):
-        MamaError: nothing to prune, unsupported engine or adapters, masks of other weights, another run's checkpoint,
-            a second MamaCallback.
+        MamaError: an unsupported engine, masks of other weights, another run's checkpoint, a second MamaCallback.
     Raises (while training):
         MamaError: a weight is NaN or infinite, when it would be logged or saved.
     """
@@ -60,7 +62,7 @@ class MamaCallback(RunView, TrainerCallback):
     recorded_statistics: Optional[tuple[str, ...]] = None  # those that this stage records; None = all it keeps
 
     def __init__(
-        self, config: Optional[MamaConfig] = None, calibration: Optional[Tensor] = None, stage: str = "train",
+        self, config: Optional[MamaConfig] = None, calibration: Optional[Sequences] = None, stage: str = "train",
         regime: Callable[..., Regime] = HardMasks,
     ):
         super().__init__(config if config is not None else MamaConfig(), stage)
@@ -69,6 +71,7 @@ class MamaCallback(RunView, TrainerCallback):
                 f"`calibration_tokens` is {self.config.calibration_tokens!r}, but `calibration` is given, so no tokens "
                 "of batches are kept: leave one of them out."
             )
+        check_sequences(calibration)
         self.calibration = calibration
         self._new_regime = regime
         self._unhook: list[Callable[[], None]] = []  # under an engine whose steps the Trainer's events do not see
@@ -78,8 +81,10 @@ class MamaCallback(RunView, TrainerCallback):
 
     # ------------------------------------------------------------------ events
 
-    def on_init_end(self, args, state, control, **kwargs):
+    def on_init_end(self, args, state, control, model=None, **kwargs):
         refuse_second(state, "init")
+        if model is not None:
+            check_trainer(args, model, self.config, self.calibration)
         sentence = cut_off(args.output_dir, hashes=False) if args.should_save else None
         if sentence:
             logger.warning(sentence)
@@ -89,6 +94,7 @@ class MamaCallback(RunView, TrainerCallback):
         refuse_second(state, "train")
         self._release()
         check_limit(args)
+        check_saveable(unwrap(model))
         self._facts = CardFacts()
         self.run = run = RunState(model, self.config, self.stage)
         run.identity = ranks.decided(lambda: identity(args, self.config, self.stage, run.model, train_dataloader))

@@ -6,12 +6,12 @@ the same methods, given to `MamaCallback(config, regime=...)`: see docs/extend.m
 
 from typing import Optional
 
-from torch import Tensor, nn
+from torch import nn
 
 from ..config import MamaConfig
-from ..engines import ranks
 from ..errors import MamaError
 from ..indicators.history import histogram
+from ..model.sequences import Sequences, own_share
 from ..pruning.prune import check_redistribution
 from ..pruning.update import Update, check_moments, update_masks
 from .schedule import Schedule
@@ -30,7 +30,7 @@ class Regime:
         calibration: token ids to calibrate on, or None for the newest training batches.
     """
 
-    def __init__(self, run: RunState, total_steps: int, calibration: Optional[Tensor] = None):
+    def __init__(self, run: RunState, total_steps: int, calibration: Optional[Sequences] = None):
         self.run, self.total_steps, self.calibration = run, total_steps, calibration
 
     @property
@@ -72,7 +72,7 @@ class HardMasks(Regime):
     """
 
     def __init__(
-        self, run: RunState, total_steps: int, calibration: Optional[Tensor] = None,
+        self, run: RunState, total_steps: int, calibration: Optional[Sequences] = None,
         schedule: Optional[Schedule] = None,
     ):
         super().__init__(run, total_steps, calibration)
@@ -143,16 +143,10 @@ class HardMasks(Regime):
         if self.run.masks is not None:
             self.run.masks.enforce()  # whatever the Trainer has loaded as the best model
 
-    def _own_calibration(self) -> Optional[Tensor]:
-        """This rank's share of the calibration sequences, as many as every other rank has."""
-        everyone = ranks.everyone()
+    def _own_calibration(self) -> Optional[Sequences]:
+        """This rank's calibration sequences; None where some rank has none."""
         device = next(iter(self.run.shards.values())).parameter.device
-        rows = self.run.inputs.rows()
-        if self.calibration is not None:
-            enough = len(self.calibration) >= ranks.size(everyone)
-            rows = self.calibration[ranks.rank(everyone) :: ranks.size(everyone)] if enough else self.calibration
-        count = ranks.smallest(0 if rows is None else len(rows), everyone, device)
-        return rows[:count].to(device) if count else None
+        return own_share(self.calibration, self.run.inputs.sequences(), device)
 
 
 def _name(model: nn.Module) -> str:

@@ -6,7 +6,21 @@ _ONE_SCORE = (
 )
 _OWN = "sparsity=0.6 mask_start=3 indicators={} redistribution={} statistics=sensitivity+movement+reward"
 
+_SEQUENCES = (
+    "calibrated on the sequences as they were, each of its own length and from its first position, not on their tokens "
+    "joined and cut anew"
+)
+
 CHANGED: dict[str, str] = {
+    **{
+        case: _SEQUENCES
+        for case in (
+            "grpo llama mask_schedule=cubic mask_start=1 mask_end=3 mask_interval=1",
+            "sft gpt2 sparsity=0.6 mask_start=3",
+            "sft llama sparsity=0.6 mask_start=3",
+            "sft qwen3 sparsity=0.8 mask_schedule=cubic mask_start=2 mask_end=5 mask_interval=2",
+        )
+    },
     **{
         f"train llama {_OWN.format(indicators, 'least_squares')}": _ONE_SCORE
         for indicators in (

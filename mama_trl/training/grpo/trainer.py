@@ -2,13 +2,14 @@
 
 from typing import Optional
 
-from torch import Tensor
-from trl import GRPOTrainer
+from trl import GRPOConfig, GRPOTrainer
 
-from ...errors import MamaError
-from ...evaluation.loading import check_model_source
+from ...model.sequences import Sequences
 from ..callback import MamaCallback
+from ..checks import check_arguments, check_source
+from ..drop_in import config_for, signature_of
 from ..integrations import PruningCard
+from ..trl_private import let_sampler_load
 from .config import MamaGRPOConfig
 
 
@@ -27,32 +28,27 @@ class MamaGRPOTrainer(PruningCard, GRPOTrainer):
     With a KL penalty, entropy bonus or auxiliary loss these share the backward pass and so the attribution.
 
     Args:
-        args (`MamaGRPOConfig`): configuration; a plain `GRPOConfig` raises `MamaError`.
-        calibration: token ids, int64 (n, sequence_length), for grams; default: the newest prompts and
-            completions that the policy was trained on.
-        Others as in `trl.GRPOTrainer`.
+        As in `trl.GRPOTrainer`, in the same order; `args` may be a `GRPOConfig`, too. By keyword:
+        calibration: token ids, int64 (n, sequence_length) or 1-D tensors of any lengths, for grams; default: the newest
+            prompts and completions that the policy was trained on.
+
+    Raises:
+        MamaError: adapters, or something else that masks do not go with.
     """
 
     _tag_names = ["trl", "grpo", "mama", "pruning"]
 
-    def __init__(
-        self,
-        model,
-        reward_funcs,
-        args: Optional[MamaGRPOConfig] = None,
-        *,
-        calibration: Optional[Tensor] = None,
-        **kwargs,
-    ):
-        args = args if args is not None else MamaGRPOConfig()
-        if not isinstance(args, MamaGRPOConfig):
-            raise MamaError(f"`args` is a {type(args).__name__}: MamaGRPOTrainer takes a MamaGRPOConfig.")
-        if isinstance(model, str):
-            check_model_source(model, trust_remote_code=args.trust_remote_code)
+    @signature_of(GRPOTrainer)
+    def __init__(self, arguments: dict, *, calibration: Optional[Sequences] = None):
+        args = config_for(arguments["args"], arguments["model"], MamaGRPOConfig, GRPOConfig, "GRPO")
+        check_arguments(arguments)
+        if isinstance(arguments["model"], str):
+            check_source(arguments["model"], args.model_init_kwargs, args.trust_remote_code)
         self.mama = RewardCallback(args, calibration, stage="grpo")
-        super().__init__(model, reward_funcs, args=args, **kwargs)
         self.mama.trainer = self
-        self.add_callback(self.mama)
+        callbacks = [self.mama, *(arguments["callbacks"] or [])]
+        super().__init__(**{**arguments, "args": args, "callbacks": callbacks})
+        let_sampler_load(self)  # nothing is lost by it now, and it says at once if this TRL has another way
 
 
 class RewardCallback(MamaCallback):
@@ -63,5 +59,4 @@ class RewardCallback(MamaCallback):
 
     def on_masks_updated(self, step: int) -> None:
         # TRL sends weights to vLLM only when its step counter moved; a mask update moves weights within a step.
-        if getattr(self.trainer, "use_vllm", False):
-            self.trainer._last_loaded_step = -1
+        let_sampler_load(self.trainer)

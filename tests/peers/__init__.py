@@ -1,0 +1,1 @@
+"""Our trainers against those they stand in for: without masks the same, with masks exact zeros, every option."""
