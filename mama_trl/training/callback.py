@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Callable, Optional
 
 import torch
-from transformers import TrainerCallback
 
 from ..config import MamaConfig
 from ..engines import ranks
@@ -19,7 +18,7 @@ from ..engines.zero import hook_steps
 from ..errors import MamaError
 from ..model.sequences import Sequences, check_sequences
 from .alone import refuse_second
-from .card import CardFacts, write_card
+from .card import CardFacts
 from .checkpoints import cut_off, let_go_first
 from .checks import check_saveable, check_trainer
 from .finished import Standstill, is_finished
@@ -34,7 +33,7 @@ logger = logging.getLogger(__name__)
 HISTORY_POINTS = 40  # how often a stage writes down its sample of connections
 
 
-class MamaCallback(RunView, TrainerCallback):
+class MamaCallback(RunView):
     """Records trajectories, computes masks on a schedule, and keeps pruned connections at exactly 0.0.
 
     Masks and statistics are saved in `mama/` within every checkpoint and, at the end, within `output_dir`;
@@ -75,7 +74,6 @@ class MamaCallback(RunView, TrainerCallback):
         self.calibration = calibration
         self._new_regime = regime
         self._unhook: list[Callable[[], None]] = []  # under an engine whose steps the Trainer's events do not see
-        self._still: Optional[Standstill] = None  # of a run with nothing left to do
         self._looked = 0  # step after which the weights were last looked at
         self._history_every = 1
 
@@ -141,19 +139,6 @@ class MamaCallback(RunView, TrainerCallback):
     def on_epoch_end(self, args, state, control, **kwargs):
         self._still.undo(state, control) if self._still else self._look(args, state, control)
 
-    def on_log(self, args, state, control, logs=None, model=None, **kwargs):
-        if logs is None or not self.is_of(model):
-            return
-        # The Trainer copied its logs into the history before this event.
-        history = state.log_history[-1:]
-        for written in [logs, *(row for row in history if row.get("step") == state.global_step)]:
-            written.update(self.metrics())
-            if self._still:
-                self._still.correct(written)
-
-    def on_evaluate(self, args, state, control, metrics=None, **kwargs):
-        self._facts.take(args, state, metrics)
-
     @torch.no_grad()
     def on_save(self, args, state, control, **kwargs):
         if self._looked != state.global_step:  # whoever asked for this save did so behind this callback
@@ -172,13 +157,6 @@ class MamaCallback(RunView, TrainerCallback):
         if self.missed is not None and args.should_save:
             logger.warning(self.missed)
             state.log_history.append({"step": state.global_step, **self.metrics()})
-
-    def on_push_begin(self, args, state, control, model=None, **kwargs):
-        # Only the main process comes here: where ranks share the masks, what the last save wrote is pushed.
-        if args.should_save and self.is_of(model):
-            if ranks.everyone() is None:
-                self.save(args.output_dir)
-            write_card(args.output_dir, self.card())
 
     def on_masks_updated(self, step: int) -> None:
         """Called after every mask update; a trainer that samples from a copy of the model syncs it here."""

@@ -1,19 +1,23 @@
-"""`RunView`: what a `MamaCallback` tells of its run, to users, logs and model cards."""
+"""`RunView`: the part of `MamaCallback` that tells of the run, to users, logs and model cards."""
 
 from pathlib import Path
 from typing import Optional
 
+from transformers import TrainerCallback
+
 from ..config import MamaConfig
+from ..engines import ranks
 from ..engines.detect import unwrap
 from ..indicators.trajectory import Trajectory
 from ..masks.maskset import MaskSet
 from . import outcome
-from .card import CardFacts
+from .card import CardFacts, write_card
+from .finished import Standstill
 from .regimes import Regime
 from .state import RunState
 
 
-class RunView:
+class RunView(TrainerCallback):
     """Masks, statistics and numbers of a run; before training begins there is nothing to tell.
 
     Args:
@@ -26,6 +30,31 @@ class RunView:
         self.run: Optional[RunState] = None
         self.regime: Optional[Regime] = None
         self._facts = CardFacts()
+        self._still: Optional[Standstill] = None  # of a run with nothing left to do
+
+    # ------------------------------------------------------------------ events that tell
+
+    def on_log(self, args, state, control, logs=None, model=None, **kwargs):
+        if logs is None or not self.is_of(model):
+            return
+        # The Trainer copied its logs into the history before this event.
+        history = state.log_history[-1:]
+        for written in [logs, *(row for row in history if row.get("step") == state.global_step)]:
+            written.update(self.metrics())
+            if self._still:
+                self._still.correct(written)
+
+    def on_evaluate(self, args, state, control, metrics=None, **kwargs):
+        self._facts.take(args, state, metrics)
+
+    def on_push_begin(self, args, state, control, model=None, **kwargs):
+        # Only the main process comes here: where ranks share the masks, what the last save wrote is pushed.
+        if args.should_save and self.is_of(model):
+            if ranks.everyone() is None:
+                self.save(args.output_dir)
+            write_card(args.output_dir, self.card())
+
+    # ------------------------------------------------------------------ what users ask
 
     @property
     def masks(self) -> Optional[MaskSet]:
