@@ -207,4 +207,5 @@ def _save(trainer, folder: Path) -> None:
         if trainer.args.should_save:
             move_into(temporary, folder, before)
     finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        if trainer.args.should_save:  # the others must not delete what this one moves
+            shutil.rmtree(temporary, ignore_errors=True)

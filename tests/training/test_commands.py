@@ -150,6 +150,28 @@ def test_a_stump_of_the_first_checkpoint_starts_anew(folder, tmp_path, monkeypat
     assert saved.same(output, tmp_path / "whole")
 
 
+def test_a_full_disk_in_the_first_checkpoint_is_no_end(folder, tmp_path, monkeypatch, caplog):
+    output, save = tmp_path / "run", torch.save
+
+    def full(value, path, *args, **kwargs):
+        if "checkpoint-2" in str(path) and "optimizer" in str(path):
+            with open(path, "wb") as file:
+                file.write(b"PK")
+            raise OSError(28, "No space left on device")
+        save(value, path, *args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "save", full)
+        try:
+            assert main(command(folder, output)) != 0
+        except OSError:
+            pass
+    assert main([*command(folder, output), "--resume_from_checkpoint", "true"]) == 0
+    assert "checkpoint-2 is not whole" in caplog.text and "starting from the beginning" in caplog.text
+    assert main(command(folder, tmp_path / "whole")) == 0
+    assert saved.same(output, tmp_path / "whole")
+
+
 def test_a_cut_file_in_the_newest_checkpoint_is_passed_over(folder, tmp_path, caplog, capsys):
     output = tmp_path / "run"
     assert main(command(folder, output)) == 0
