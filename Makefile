@@ -1,5 +1,6 @@
 # make setup      a virtual environment in .venv with the pinned dependencies (a second call costs a second)
 # make run        the main job: configs/demo.yaml, its report in runs/demo
+# make lint       ruff over everything, mypy over the rooms of pure functions (solvers, selection, masks, indicators)
 # make test       the default tests
 # make test-slow  the tests that take minutes
 # make bench      every benchmark but reward_indicator (which reads finished runs), results in runs/bench
@@ -9,7 +10,7 @@ STAMP := $(VENV)/.installed
 export OMP_NUM_THREADS ?= 2
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: setup run test test-slow bench
+.PHONY: setup run lint test test-slow bench
 
 setup: $(STAMP)
 
@@ -23,6 +24,10 @@ $(STAMP): pyproject.toml constraints.txt
 
 run: setup
 	$(VENV)/bin/mama run configs/demo.yaml
+
+lint: setup
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/mypy
 
 test: setup
 	$(VENV)/bin/python -m pytest

@@ -19,11 +19,19 @@ INDICATORS = {  # name: what it is
     "reward": "root mean square of w g of the GRPO loss",
 }
 READS_INPUTS = {"activation"}  # indicators that follow from a layer's inputs
-STATISTICS = ("sensitivity", "movement", "reward")
+STATISTICS = {  # name: what a training run records of each connection
+    "sensitivity": "mean |w*g|",
+    "movement": "-sum w*g",
+    "reward": "root mean square of w*g of the GRPO loss",
+}
 RECORDED_BUDGETS = ("sensitivity", "curvature", "reward")  # what a training run records, or its optimizer keeps
 BUDGETS = ("uniform", "gradients", *RECORDED_BUDGETS)
 SCOPES = ("matrix", "row", "global")
-SCHEDULES = ("oneshot", "cubic", "hold")
+SCHEDULES = {  # name: when masks are computed; all but oneshot and hold are ramps (training/schedule.py)
+    "oneshot": "one mask at mask_start",
+    "cubic": "a ramp from mask_start to mask_end, steep at first",
+    "hold": "keep the masks there are",
+}
 REDISTRIBUTIONS = {  # name: where pruned values go
     "none": "nowhere",
     "mean": "evenly to the kept connections of their row",
@@ -241,7 +249,7 @@ class MamaConfig(PruningOptions):
     )
     mask_schedule: str = field(
         default="oneshot",
-        metadata={"help": "`oneshot` (one mask at mask_start), `cubic` ramp, or `hold` (keep the masks there are)."},
+        metadata={"help": "; ".join(f"`{name}` ({what})" for name, what in SCHEDULES.items()) + "."},
     )
     mask_start: Annotated[Optional[float], Range(0)] = field(
         default=None,
@@ -271,9 +279,9 @@ class MamaConfig(PruningOptions):
     statistics: Optional[list[str]] = field(
         default=None,
         metadata={
-            "help": "Trajectory statistics kept per parameter, 2 bytes each: sensitivity (mean |w*g|), movement "
-            "(-sum w*g), reward (root mean square of w*g of the GRPO loss). What `indicators` and `budget` ask for is "
-            "always kept. Default: sensitivity; in GRPO reward too."
+            "help": "Trajectory statistics kept per parameter, 2 bytes each: "
+            + ", ".join(f"{name} ({what})" for name, what in STATISTICS.items())
+            + ". What `indicators` and `budget` ask for is always kept. Default: sensitivity; in GRPO reward too."
         },
     )
     inherit_masks: bool = field(
@@ -311,7 +319,8 @@ class MamaConfig(PruningOptions):
             )
 
     def _check_schedule(self) -> None:
-        takes = {"mask_start": ("oneshot", "cubic"), "mask_end": ("cubic",), "mask_interval": ("cubic",)}
+        ramps = tuple(name for name in SCHEDULES if name not in ("oneshot", "hold"))
+        takes = {"mask_start": ("oneshot", *ramps), "mask_end": ramps, "mask_interval": ramps}
         for name, kinds in takes.items():
             value = getattr(self, name)
             if value is not None and self.mask_schedule not in kinds:
@@ -324,7 +333,7 @@ class MamaConfig(PruningOptions):
                 check_position(getattr(self, name), name)
         # A fraction and a step cannot be compared before the run's length is known.
         start, end = self.start, self.end
-        if self.mask_schedule == "cubic" and (start < 1) == (end < 1) and end < start:
+        if self.mask_schedule in ramps and (start < 1) == (end < 1) and end < start:
             raise MamaError(f"`mask_end` is {end!r}, before `mask_start` ({start!r}): let the ramp end later.")
 
     # ------------------------------------------------------------------ what follows from the fields

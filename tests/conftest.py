@@ -7,6 +7,7 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ["HF_HUB_OFFLINE"] = "1"
 
 import inspect
+import sys
 
 import pytest
 import torch
@@ -41,6 +42,10 @@ from transformers import (
 
 from mama_trl.demo.tokenizer import train_tokenizer
 
+from . import helpers
+
+# Tests on branches that were begun before `train` and its kin moved into helpers.py still look for them here.
+sys.modules.setdefault("tests.test_callback", helpers)
 VOCAB = 384
 
 

@@ -18,7 +18,7 @@ import torch
 import yaml
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from tests.test_cli import TEXT
+from tests.scripts.conftest import TEXT
 from tests.tiny_tokenizer import tiny_tokenizer
 from tests.training import saved
 

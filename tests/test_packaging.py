@@ -100,5 +100,5 @@ def test_wheel_holds_package_data(tmp_path):
     assert not any(name.startswith(("tests/", "configs/", "train/")) for name in names)
     # Every file of the package that is not Python must be in the wheel too.
     for path in (ROOT / "mama_trl").rglob("*"):
-        if path.is_file() and path.suffix in (".yaml", ".jinja", ".j2", ".html", ".css"):
+        if path.is_file() and path.suffix in (".yaml", ".jinja", ".j2", ".html", ".css", ".typed"):
             assert str(path.relative_to(ROOT)) in names

@@ -16,8 +16,15 @@ from ..solvers.problem import Goal, Gram
 
 @dataclass
 class Measured:
-    """Layers that were measured together, and what was measured: by target name their `grams`, and `goals` for those
-    that have one. Whoever takes it may empty both, so that no gram is held longer than needed."""
+    """What was measured of layers that are pruned together.
+
+    Whoever takes it may empty `grams` and `goals`, so that no gram is held longer than needed.
+
+    Args:
+        targets: the layers.
+        grams: of their inputs, by target name; layers that read one tensor share one.
+        goals: what they should put out, by target name, for those that have one.
+    """
 
     targets: list[Target]
     grams: dict[str, Gram]
@@ -25,10 +32,10 @@ class Measured:
 
 
 class _ExpertInputs(TorchFunctionMode):
-    """Sees every matrix product while it is active; where one factor is a fused expert, the other is its input.
+    """Adds to an expert's gram whatever is multiplied with its slice of the fused weights, while it is active.
 
-    Works whatever the module is called and however it routes: a product with `parameter[expert]` (any of `linear`,
-    `matmul`, `@`, `mm`) or a batched product with the whole 3-D parameter.
+    It watches every matrix product, so that neither the module's name nor its way of routing matters: a product with
+    `parameter[expert]` (any of `linear`, `matmul`, `@`, `mm`) or a batched product with the whole 3-D parameter.
     """
 
     _PRODUCTS = {F.linear, torch.matmul, Tensor.matmul, Tensor.__matmul__, torch.mm, Tensor.mm}

@@ -1,7 +1,14 @@
-"""Which layer of a block reads and writes what: its layer groups, found by running it on a short probe.
+"""Finds the layer groups of a decoder block: which layers read one tensor, and which write to the residual stream.
 
-Nothing is assumed about names. Which layer writes to the residual stream, and where that is seen, is found by
-silencing each layer once and looking at what changes; which norm feeds a layer, by the identity of tensors.
+    INPUT ─┬─────────────────────────────────────(+)─┬────────────────────────────(+)─▶ OUTPUT
+           └▶ norm₁ ─▶ q, k, v ─▶ attention ─▶ o ─┘  └▶ norm₂ ─▶ gate, up ─▶ down ─┘
+                       group 1              group 2              group 3     group 4
+               norm = norm₁,             writer,         norm = norm₂,       writer,
+               source = INPUT            place = norm₂   source = norm₂      place = OUTPUT
+
+Names say nothing about that, so the block is run on a short probe: which layer writes to the residual stream, and where
+that is seen, shows when each layer is silenced once; which norm feeds a layer, by the identity of tensors. A place is
+named after the submodule whose input it is.
 """
 
 from contextlib import contextmanager
@@ -19,15 +26,19 @@ INPUT, OUTPUT = "(input)", "(output)"
 
 @dataclass(eq=False)
 class LayerGroup:
-    """Targets that are measured together.
+    """Layers of a block that read the same tensor, and so are measured together.
 
-    `writer` adds its output to the residual stream, which is then seen at `place`; in a block with norms behind its
-    layers (Gemma 2 and 3, OLMo 2, GLM-4) what is added is the output's `post` norm. `norm` is the submodule that makes
-    the group's inputs from the residual stream at `source`. Places are names of submodules, meaning their inputs, or
-    INPUT and OUTPUT of the block. `last` is the module whose inputs end the measuring pass. `whole` is set where a
-    block can be started behind this group: the submodule (the attention) that all of the block up to `place` runs
-    through, beside the residual stream itself; see `silenced`. `apart`: the probe did not show which targets read one
-    tensor, so each gets a gram of its own.
+    Args:
+        targets: these layers, in the order of computation.
+        writer: the one of them whose output is added to the residual stream; None where none is.
+        place: where the residual stream with that output is seen first.
+        post: the norm that a writer's output goes through before it is added (Gemma 2 and 3, OLMo 2, GLM-4).
+        norm: the submodule that makes what the layers read from the residual stream at `source`.
+        last: the module at whose inputs a pass that measures the group may end.
+        whole: the attention module, where the block can be started behind this group; see `silenced`.
+        apart: the probe did not show which targets read one tensor, so each gets a gram of its own.
+
+    Places are names of submodules, meaning their inputs, or INPUT and OUTPUT of the block.
     """
 
     targets: list[Target] = field(default_factory=list)
@@ -79,7 +90,10 @@ def startable_segments(groups: list[LayerGroup]) -> list[list[LayerGroup]]:
 
 @contextmanager
 def silenced(whole: nn.Module) -> Iterator[None]:
-    """`whole` returns zeros at no cost: given the residual stream behind it, its block computes only the rest."""
+    """Starts a block behind its attention `whole`, which now returns zeros at no cost.
+
+    Given the residual stream as it is behind the attention, the block adds nothing to it there and computes the rest.
+    """
     own = {key: value for key, value in vars(whole).items() if key == "forward"}  # what another library put there
 
     def nothing(*args, **kwargs):
@@ -165,8 +179,13 @@ def _order(own: list[Target], run: Callable[[], Tensor]) -> tuple[list[Target], 
 
 @dataclass
 class _Seen:
-    """One run of a block: inputs of its submodules by name in the order of their calls (between INPUT and OUTPUT),
-    the submodules' outputs, and by submodule which other one returns its output as (output, None)."""
+    """What hooks saw of one run of a block.
+
+    Args:
+        inputs: of its submodules, by name in the order of their calls, between INPUT and OUTPUT.
+        outputs: of its submodules, by name.
+        wholes: by submodule, which other one returns its output as (output, None): the attention of its last layer.
+    """
 
     inputs: dict[str, Tensor]
     outputs: dict[str, Tensor]

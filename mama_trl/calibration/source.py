@@ -9,8 +9,9 @@ from torch import Tensor, nn
 
 from ..engines import ranks
 from ..engines.detect import shard_of
-from ..engines.gather import plain_class, release_gathered
+from ..engines.gather import plain_class
 from ..engines.shard import Shard
+from ..engines.zero import release_gathered
 from ..model.blocks import find_blocks
 from ..model.targets import Target
 

@@ -1,16 +1,18 @@
-"""Calibration in the order in which a block computes, towards what the dense model puts out.
+"""Calibrates a block group by group, in the order in which it computes, towards what the dense model puts out.
+
+    dense   X ════════════╦═══════════════╦══════════════════╦═══════════════╗
+                     norm₁(X)         X at norm₂         norm₂(X)       X at OUTPUT
+                          ▼               ▼                  ▼               ▼
+    goals             W norm₁(X)        X − Z            W norm₂(X)        X − Z
+                          ▼               ▼                  ▼               ▼
+    pruned  Z ═══════ q, k, v ═══════════ o ═════════════ gate, up ═════════ down ═▶
 
 SparseGPT and its kin measure a whole block while it is still dense, and ask each layer to repeat its own dense outputs.
-Here a block is pruned group by group: layers that read the same tensor (query, key, value; then the attention's output;
-then gate, up; then down) are one layer group, and each group is measured on inputs that the pruned layers before it
-computed. A second stream of hidden states runs through the dense blocks beside the pruned one. A layer that writes to
-the residual stream gets as its goal
-
-    y* = (dense residual stream after the layer) − (pruned residual stream before the layer),
-
-so that it also repairs what earlier layers did wrong; a layer that reads a norm of the residual stream is asked for
-the outputs that it has in the dense model, not for those that its dense weight makes of disturbed inputs. Which layer
-reads and writes what is found in plan.py.
+Here each layer group (plan.py) is measured on inputs that the pruned layers before it computed, and a second stream of
+hidden states runs through the dense blocks beside the pruned one. A layer that writes to the residual stream is asked
+for the dense stream behind it minus the pruned stream before it, so that it also repairs what earlier layers lost; one
+that reads a norm of the stream is asked for the outputs that it has in the dense model, not for those that its dense
+weight makes of disturbed inputs.
 """
 
 from contextlib import ExitStack

@@ -1,8 +1,8 @@
-"""Which engine holds the parameters, and what is refused."""
+"""Recognises the engine that holds the parameters, by what it has left on them, and refuses those without a view."""
 
 from typing import Iterable
 
-from accelerate.state import AcceleratorState
+from accelerate.state import AcceleratorState, is_initialized
 from accelerate.utils import DistributedType, extract_model_from_parallel
 from torch import nn
 from torch.distributed.fsdp import FullyShardedDataParallel
@@ -12,7 +12,7 @@ from torch.distributed.tensor import Shard as DimensionShard
 from ..errors import MamaError
 from .fsdp2 import TensorShard
 from .shard import Shard
-from .zero import FragmentShard, PartitionShard, zero_stage
+from .zero import FragmentShard, PartitionShard, swaps_to_disk, zero_stage
 
 # Asked in this order whether a parameter is theirs; the last one takes any.
 VIEWS: list[type[Shard]] = [PartitionShard, TensorShard, FragmentShard, Shard]
@@ -49,14 +49,14 @@ def refuse_quantized(model: nn.Module) -> None:
 
 def _refuse_unsupported(model: nn.Module) -> None:
     refuse_quantized(model)
-    engine = AcceleratorState().distributed_type if AcceleratorState._shared_state else DistributedType.NO
+    engine = AcceleratorState().distributed_type if is_initialized() else DistributedType.NO
     parameters = list(model.parameters())
     if any(isinstance(module, FullyShardedDataParallel) for module in model.modules()):
         raise MamaError("MAMA masks need FSDP2, and this is FSDP1: set `fsdp_version: 2` in the accelerate config.")
     if engine == DistributedType.MEGATRON_LM:
         raise MamaError("MAMA masks are not supported under Megatron-LM: use --accelerate_config zero3 or fsdp2.")
     if engine == DistributedType.DEEPSPEED and not any(
-        hasattr(p, "ds_id") or hasattr(p, "_hp_mapping") for p in parameters
+        PartitionShard.recognises(p) or FragmentShard.recognises(p) for p in parameters
     ):
         raise MamaError(
             f"MAMA masks need ZeRO stage 1, 2 or 3 under DeepSpeed, and `zero_stage` is {zero_stage()}: set it, or "
@@ -74,5 +74,5 @@ def _refuse_unsupported(model: nn.Module) -> None:
             raise MamaError(
                 "`zero_hpz_partition_size` keeps second copies of the weights, which masks do not reach: set it to 1."
             )
-        if getattr(getattr(parameter, "_z3_optimizer", None), "swap_optimizer", False):
+        if swaps_to_disk(parameter):
             raise MamaError("the optimizer is offloaded to NVMe, where masks do not reach: offload it to cpu instead.")

@@ -1,4 +1,4 @@
-"""What the processes of one run tell each other. Everything here is collective: all ranks of `group` call it.
+"""Collectives, the few that are needed: every function is called by all ranks of `group`.
 
 A `group` is a process group, or None where a rank is on its own (one process, or parameters that every rank
 holds whole), so that the same code serves both.
@@ -31,7 +31,7 @@ def rank(group: Group) -> int:
 
 
 def _there(tensor: Tensor, group: Group) -> Tensor:
-    """`tensor` where the backend can send it from: NCCL takes no CPU tensors (an offloaded optimizer's)."""
+    """`tensor` on a device that the backend sends from: NCCL takes no CPU tensors (an offloaded optimizer's)."""
     if tensor.device.type == "cpu" and dist.get_backend(group) == "nccl":
         return tensor.to(torch.device("cuda", torch.cuda.current_device()))
     return tensor.contiguous()

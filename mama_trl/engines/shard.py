@@ -1,8 +1,8 @@
-"""The one view of what a rank owns of a parameter.
+"""What a rank holds of a parameter, seen the same way under every engine.
 
-What a rank owns of a parameter is one flat contiguous range. Everything that reads or writes a weight, a gradient
-or an optimizer state during training asks a `Shard` for it, so that single process, DDP, ZeRO-1/2/3 and FSDP2 give
-the same statistics and the same masks.
+Engines keep weights, gradients and optimizer states in places of their own; what a rank owns of a parameter is one flat
+contiguous range under all of them. Everything that reads or writes one of these during training asks a `Shard` for it,
+so that single process, DDP, ZeRO-1/2/3 and FSDP2 give the same statistics and the same masks.
 
 | engine | range | master | gradient before the step | working copies |
 |---|---|---|---|---|
@@ -94,7 +94,7 @@ class Shard:
 
     @property
     def bucket(self) -> int:
-        """Shards of one bucket are updated by one call of the innermost optimizer's step."""
+        """A key of those parameters that one call of the optimizer's step updates; under ZeRO-3 it is called often."""
         return 0
 
     def owned(self, whole: Tensor) -> Tensor:

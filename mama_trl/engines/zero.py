@@ -1,9 +1,13 @@
-"""DeepSpeed's views of a parameter under ZeRO-1, 2 and 3, and hooks around its optimizer steps."""
+"""DeepSpeed: the views of a parameter under ZeRO-1, 2 and 3, hooks around its optimizer steps, and its settings.
+
+DeepSpeed offers none of this to others: all of its private names that the package reads are in this file, and
+tests/engines/test_private_names.py says when a new version has renamed one.
+"""
 
 from typing import Callable, Optional
 
 import torch
-from accelerate.state import AcceleratorState
+from accelerate.state import AcceleratorState, is_initialized
 from torch import Tensor, nn
 
 from . import ranks
@@ -219,6 +223,20 @@ def hold_still(optimizer) -> Callable[[], None]:
 
 
 def zero_stage() -> Optional[int]:
-    state = AcceleratorState._shared_state
-    plugin = AcceleratorState().deepspeed_plugin if state and "deepspeed_plugins" in state else None
+    """The stage that accelerate was configured with; None without DeepSpeed."""
+    state = AcceleratorState() if is_initialized() else None
+    plugin = state.deepspeed_plugin if getattr(state, "deepspeed_plugins", None) is not None else None
     return plugin.zero_stage if plugin is not None else None
+
+
+def swaps_to_disk(parameter: nn.Parameter) -> bool:
+    """Whether ZeRO-3 keeps this parameter's optimizer state on NVMe."""
+    return getattr(getattr(parameter, "_z3_optimizer", None), "swap_optimizer", False)
+
+
+def release_gathered(model: nn.Module) -> None:
+    """Ends ZeRO-3's prefetches and frees gathered parameters, so that nobody reads what is about to change."""
+    for parameter in model.parameters():
+        if hasattr(parameter, "_z3_optimizer"):
+            parameter._z3_optimizer.parameter_offload.get_param_coordinator().release_and_reset_all(model)
+            break

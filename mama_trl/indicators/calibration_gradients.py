@@ -31,6 +31,7 @@ def sensitivities(
 
     def take(parameter: nn.Parameter) -> None:
         total = totals[id(parameter)]
+        assert parameter.grad is not None  # the hook is called when it has just been accumulated
         total.copy_(torch.lerp(total.float(), sensitivity(parameter.data, parameter.grad), 1.0 / seen))
         parameter.grad = None
 

@@ -1,4 +1,4 @@
-"""Several indicators as one score: the one place where they are combined, in training and in one-shot pruning alike."""
+"""Combines indicators into one score; the one place where that is done, in training and in one-shot pruning alike."""
 
 from dataclasses import dataclass
 from typing import Optional

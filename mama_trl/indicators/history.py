@@ -14,8 +14,6 @@ SAMPLES = 2048  # connections whose values are written down for the report's tra
 
 
 @torch.no_grad()
-
-
 def sample(trajectory: Trajectory, step: int, stage: str, names: list[str]) -> None:
     """Writes down the values of a fixed random sample of connections of these parameters. Collective."""
     shards = {shard.name: shard for shard in trajectory.shards}

@@ -13,15 +13,16 @@ from ..errors import MamaError
 from ..masks.files import RangeReader
 from ..model.targets import Target
 from .formulas import curvature
-from .trajectory import STEM
+from .trajectory import RULES, STEM
 
 OPTIMIZER = "optimizer.pt"
 
 
 def recorded(folder: str, model: nn.Module, targets: list[Target]) -> dict[str, dict[str, Tensor]]:
-    """Indicators by name, then fp32 (out, in) by target name: `sensitivity`, `movement` and `reward` as far as
-    `folder`/mama has them, and `curvature` from a checkpoint's optimizer.pt. The reward's mean square is given as its
-    root; a statistic that is zero everywhere was never recorded and is left out.
+    """Indicators by name, then fp32 (out, in) by target name: what `folder`/mama has of the trajectory's statistics,
+    and `curvature` from a checkpoint's optimizer.pt.
+
+    A statistic that is zero everywhere was never recorded and is left out.
 
     Raises:
         MamaError: a file is damaged or belongs to another model.
@@ -39,7 +40,7 @@ def _statistics(folder: str, targets: list[Target]) -> dict[str, dict[str, Tenso
     if reader is None:
         return found
     shapes = {name: tuple(shape) for name, shape in reader.header["shapes"].items()}
-    for indicator in reader.header["counts"]:
+    for indicator in [name for name in reader.header["counts"] if name in RULES]:
         for target in targets:
             # By parameter name, so that only what belongs to a target of this model is read.
             stored, whole = shapes.get(target.parameter_name), tuple(target.parameter.shape)
@@ -52,7 +53,7 @@ def _statistics(folder: str, targets: list[Target]) -> dict[str, dict[str, Tenso
                 )
             values = reader.read(f"{indicator}/{target.parameter_name}", 0, target.parameter.numel()).view(whole)
             values = target.own(values).float().to(target.parameter.device)
-            found.setdefault(indicator, {})[target.name] = values.sqrt() if indicator == "reward" else values
+            found.setdefault(indicator, {})[target.name] = RULES[indicator].of_mean(values)
     return found
 
 
@@ -68,7 +69,7 @@ def _curvature(folder: str, model: nn.Module, targets: list[Target]) -> dict[str
     except Exception as error:
         raise MamaError(f"{path} cannot be read ({type(error).__name__}): delete it to prune without it.") from None
     # The order in which the Trainer hands parameters to its optimizer: with weight decay first, then the others.
-    decayed = set(Trainer.get_decay_parameter_names(None, model))
+    decayed = set(Trainer.get_decay_parameter_names(None, model))  # type: ignore[arg-type]  # it looks at no trainer
     parameters = dict(model.named_parameters())
     names = sorted(parameters, key=lambda name: name not in decayed)
     moments = {name: state.get(i, {}).get("exp_avg_sq") for name, i in zip(names, order)}

@@ -1,6 +1,6 @@
 """Where indicators come from: a training run's statistics and optimizer, or tensors at hand."""
 
-from typing import Optional, Protocol
+from typing import Any, Optional, Protocol
 
 from torch import Tensor
 
@@ -8,7 +8,7 @@ from ..engines.shard import Shard
 from ..errors import MamaError
 from ..model.targets import Target
 from .formulas import curvature, magnitude
-from .trajectory import Trajectory
+from .trajectory import RULES, Trajectory
 
 
 class ScoreSource(Protocol):
@@ -42,7 +42,7 @@ class TrainingScores:
         optimizer: as the Trainer's events hand it over.
     """
 
-    def __init__(self, shards: dict[str, Shard], trajectory: Optional[Trajectory] = None, optimizer=None):
+    def __init__(self, shards: dict[str, Shard], trajectory: Optional[Trajectory] = None, optimizer: Any = None):
         self._shards, self._trajectory, self._optimizer = shards, trajectory, optimizer
 
     def names(self) -> list[str]:
@@ -52,9 +52,9 @@ class TrainingScores:
         return found + (["curvature"] if self._moment(first) is not None else [])
 
     def raw(self, name: str, shard: Shard) -> Optional[Tensor]:
-        """An indicator of what this rank owns of a matrix, 1-D, in the order of the indicator; None if there is none.
+        """Numbers in the order of an indicator, of what this rank owns of a matrix, 1-D; None if there are none.
 
-        The reward's mean square stands for its root: their order is the same.
+        A statistic's mean stands for its indicator (a mean square for its root), which has the same order.
         """
         if name == "magnitude":
             return magnitude(shard.master)
@@ -73,7 +73,7 @@ class TrainingScores:
                 f"`indicators` has {name!r}, of which nothing was recorded up to this mask update "
                 f"(recorded: {', '.join(['magnitude', *self.names()])}): let `mask_start` be later, or name another."
             )
-        return value.float().sqrt() if name == "reward" else value.float()
+        return RULES[name].of_mean(value.float()) if name in RULES else value.float()
 
     def whole(self, name: str, target: Target) -> Tensor:
         shard = self._shards[target.parameter_name]

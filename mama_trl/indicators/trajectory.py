@@ -6,6 +6,7 @@ difference. A step whose gradient holds NaN or infinity on any rank is left out 
 a host synchronisation.
 """
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Callable, Optional
 
@@ -22,13 +23,27 @@ STEM = "statistics"
 WINDOW = 64
 DTYPE = torch.bfloat16  # of the statistics; fp32 compares engines more finely, at twice the memory
 _HUGE = 3e38
-# What of one step's products w g / ‖g‖ the running mean of each statistic is of; in place. The sensitivity is |w g|
-# (Molchanov et al., arXiv 1906.10771), movement −w g, positive when training pushes the weight away from zero (arXiv
-# 2005.07683, eq. 4), and the reward's mean square (w g)² of the GRPO loss, whose root is the indicator.
-RULES: dict[str, Callable[[Tensor], Tensor]] = {
-    "sensitivity": Tensor.abs_,
-    "movement": Tensor.neg_,
-    "reward": Tensor.square_,
+
+
+@dataclass(frozen=True)
+class Rule:
+    """How a statistic is made, and how it becomes an indicator.
+
+    Args:
+        of_step: in place, what of one step's products w g / ‖g‖ the statistic is the running mean of.
+        of_mean: the indicator, of the mean (fp32); rising, so that either gives the same order.
+    """
+
+    of_step: Callable[[Tensor], Tensor]
+    of_mean: Callable[[Tensor], Tensor] = lambda mean: mean
+
+
+# The sensitivity is |w g| (Molchanov et al., arXiv 1906.10771), movement −w g, positive when training pushes the weight
+# away from zero (arXiv 2005.07683, eq. 4), and the reward's indicator the root mean square of w g of the GRPO loss.
+RULES: dict[str, Rule] = {
+    "sensitivity": Rule(Tensor.abs_),
+    "movement": Rule(Tensor.neg_),
+    "reward": Rule(Tensor.square_, Tensor.sqrt),
 }
 
 
@@ -68,27 +83,27 @@ class Trajectory:
 
         `names` limits which statistics are updated; None updates all.
         """
-        names = [name for name in self.statistics if names is None or name in names]
-        gradients = {shard.name: shard.gradient for shard in self.shards}
-        if not names or all(gradient is None for gradient in gradients.values()):
+        chosen = [name for name in self.statistics if names is None or name in names]
+        gradients = {shard.name: grad for shard in self.shards if (grad := shard.gradient) is not None}
+        if not chosen or not gradients:
             return
-        square = self._square_norm([g for g in gradients.values() if g is not None and g.numel()])
+        square = self._square_norm([gradient for gradient in gradients.values() if gradient.numel()])
         norm = ranks.total(square, self.group).sqrt()
         finite = torch.isfinite(norm)
         self.skipped += (~finite).float()
         usable = finite & (norm > 0)  # a GRPO step without any advantage says nothing
         scale = torch.where(usable, 1.0 / norm, 0.0)
         rates = {}
-        for name in names:
+        for name in chosen:
             self.counts[name] += usable.float()
             rates[name] = torch.where(usable, 1.0 / self.counts[name].clamp(1, WINDOW), 0.0)
         if norm.device.type == "cpu" and not usable:
             return  # asking costs nothing here; a GPU goes on with rate 0 rather than wait for the answer
         masters = {shard.name: shard.master for shard in self.shards}
         for group in self._groups:
-            members = [(s.name, begin, end) for s, begin, end in group if gradients[s.name] is not None]
+            members = [(s.name, begin, end) for s, begin, end in group if s.name in gradients]
             if members:
-                self._blend(names, members, masters, gradients, scale, rates)
+                self._blend(chosen, members, masters, gradients, scale, rates)
 
     def _square_norm(self, gradients: list[Tensor]) -> Tensor:
         """Σ g² over this rank's part, fp32 scalar."""
@@ -98,7 +113,10 @@ class Trajectory:
             total += torch.stack([norm.to(total.device) for norm in norms]).square().sum()
         return total
 
-    def _blend(self, names, members, masters, gradients, scale, rates) -> None:
+    def _blend(
+        self, names: list[str], members: list[tuple[str, int, int]], masters: dict[str, Tensor],
+        gradients: dict[str, Tensor], scale: Tensor, rates: dict[str, Tensor],
+    ) -> None:
         """statistic += rate · (f(w g / ‖g‖) − statistic) for one group, with one buffer for all its parameters."""
         first = masters[members[0][0]]
         sizes = [end - begin for _, begin, end in members]
@@ -110,7 +128,7 @@ class Trajectory:
         for number, name in enumerate(names):
             # The last statistic may use the products up.
             new = buffer if number == len(names) - 1 else buffer.clone()
-            RULES[name](new)
+            RULES[name].of_step(new)
             if first.device.type != "cpu":
                 # NaN and infinity become numbers that the rate 0 of a bad step cancels; 0 times NaN would be NaN.
                 torch.fmin(new, torch.full_like(new[:1], _HUGE), out=new)
@@ -130,9 +148,8 @@ class Trajectory:
         return self._scratch[:size]
 
     def importance(self, name: str) -> dict[str, Tensor]:
-        """The indicator per parameter, fp32, shaped like `values`; the reward's mean square as its root."""
-        values = {key: tensor.float() for key, tensor in self.values[name].items()}
-        return {key: tensor.sqrt() for key, tensor in values.items()} if name == "reward" else values
+        """The indicator per parameter, fp32, shaped like `values`."""
+        return {key: RULES[name].of_mean(tensor.float()) for key, tensor in self.values[name].items()}
 
     def recorded(self, name: str) -> bool:
         return name in self.values and bool(self.counts[name] > 0)

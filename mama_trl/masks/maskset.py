@@ -45,9 +45,8 @@ class MaskSet:
         self.zeros = zeros
         self.shapes = {name: tuple(shape) for name, shape in shapes.items()}
         self.pattern = pattern
-        self.ranges = {name: tuple(range_) for name, range_ in (ranges or {}).items()} or {
-            name: (0, torch.Size(shape).numel()) for name, shape in self.shapes.items()
-        }
+        everything = {name: (0, torch.Size(shape).numel()) for name, shape in self.shapes.items()}
+        self.ranges: dict[str, tuple[int, int]] = dict(ranges) if ranges else everything
         self.kept = kept if kept is not None else {name: int(count(own)) for name, own in bits.items()}
         self._shards: list[Shard] = []
         self._plan: list = []

@@ -44,9 +44,9 @@ def experts_one_by_one(targets: list[Target]) -> Iterator[None]:
 
 
 class BlockRunner:
-    """How the model calls its blocks: each block's arguments beside the hidden states.
+    """Runs single decoder blocks with the arguments that the model itself gives them beside the hidden states.
 
-    They (masks, positions, rotary tables, a sliding window in some layers) do not depend on the tokens, so they are
+    These (masks, positions, rotary tables, a sliding window in some layers) do not depend on the tokens, so they are
     noted once per shape of a batch, by one run of the model that ends before its last block.
 
     Raises:

@@ -1,4 +1,4 @@
-"""Who solves which matrix, and how the results get back into the weights.
+"""Reads weights for the solvers and writes their solutions back, on one process or shared out over ranks.
 
 `LocalPlacement` is for a model that this process holds alone. `DistributedPlacement` is for a training run of several
 processes: each calibrates on its own tokens, the grams are added up, the matrices of a layer group are solved on

@@ -27,12 +27,12 @@ from ..model.targets import Target, find_targets
 from ..selection.allocation import allocate
 from ..solvers.magnitude import magnitude
 from ..solvers.methods import METHODS, Method
-from ..solvers.problem import LayerProblem, Solution
+from ..solvers.problem import Gram, LayerProblem, Solution
 from .checks import check_not_denser, check_solved
 from .placement import DistributedPlacement, LocalPlacement
 
 logger = logging.getLogger(__name__)
-# A layer that sees fewer calibration tokens than this, while others see all, is an expert that was hardly asked.
+# An expert of a mixture to which the router sends fewer calibration tokens than this is pruned by magnitude.
 FEWEST_TOKENS = 64
 TOKENS_PER_INPUT = 16
 
@@ -226,7 +226,7 @@ class _Sweep:
             sparsity=self.layer_sparsity.get(target.name, self.options.sparsity),
             nm=self.options.nm,
             by_row=self.options.scope == "row",
-            inputs=inputs,
+            inputs=Gram.zeros(0, target.device) if inputs is None else inputs,
             goal=measured.goals.get(target.name),
             redistribution=self.options.redistribution,
             criterion=criterion,

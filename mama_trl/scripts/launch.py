@@ -9,6 +9,7 @@ from ..fields import nearest
 from ..paths import is_file
 from ..training.settings import refusals_of
 from ..yaml_files import read_settings
+from .parser import actions_of
 
 ACCELERATE_CONFIGS = ("single", "ddp", "zero1", "zero2", "zero3", "zero3-offload", "fsdp2", "two-node")
 
@@ -40,7 +41,7 @@ def launch_arguments(parser, config: str, extra: list[str], argv: list[str]) -> 
     from accelerate.commands.launch import launch_command_parser
 
     path = accelerate_file(config)
-    options = [option for action in launch_command_parser()._actions for option in action.option_strings]
+    options = [option for action in actions_of(launch_command_parser()) for option in action.option_strings]
     for item in extra:
         flag = item.partition("=")[0]
         if flag.startswith("--") and flag not in options:

@@ -117,3 +117,8 @@ def share(text: str) -> float:
     if not math.isfinite(value):
         raise argparse.ArgumentTypeError(f"{shown(text)} is no number; give a share such as 0.8")
     return value
+
+
+def actions_of(parser: argparse.ArgumentParser) -> list[argparse.Action]:
+    """Every option that a parser knows; argparse has no public name for them."""
+    return parser._actions

@@ -16,6 +16,7 @@ from ..paths import check_paths
 from ..training.settings import RANGES, check_values, refusals_of
 from ..yaml_files import read_settings
 from .launch import ACCELERATE_CONFIGS, accelerate_file, hand_over, without
+from .parser import actions_of
 
 # Of some 250 flags, those a first run needs; `--help_all` shows the others.
 FIRST_FLAGS = (
@@ -72,7 +73,7 @@ class TrainingParser(TrlParser):
             description=self.description, formatter_class=argparse.RawDescriptionHelpFormatter,
             epilog="A YAML file sets the defaults and flags override it. --help_all shows every option of the trainer.",
         )
-        by_name = {action.dest: action for action in reversed(self._actions)}  # --x, not its later twin --no_x
+        by_name = {action.dest: action for action in reversed(actions_of(self))}  # --x, not its later twin --no_x
         for title, names in (
             ("what to train on", FIRST_FLAGS), ("what to prune, and how", mama), ("how to train", RUN_FLAGS)
         ):
@@ -84,7 +85,7 @@ class TrainingParser(TrlParser):
 
     @property
     def flags(self) -> list[str]:
-        return [option for action in self._actions for option in action.option_strings]
+        return [option for action in actions_of(self) for option in action.option_strings]
 
 
 def _add(group, action) -> None:
@@ -142,7 +143,7 @@ def parse(parser: TrainingParser, argv: list[str]) -> Optional[tuple]:
 
 def _checked(parser: TrainingParser, recipe: dict) -> dict:
     """The settings of a config file, each as its field wants it. Raises `MamaError`."""
-    known = {action.dest for action in parser._actions}
+    known = {action.dest for action in actions_of(parser)}
     checked = {}
     for name, value in recipe.items():
         if name not in known:
@@ -168,7 +169,7 @@ def _environment(values: object) -> dict[str, str]:
 @contextmanager
 def _defaults(parser: TrainingParser, values: dict) -> Iterator[None]:
     """The parser with other defaults for the time being."""
-    before = [(action, action.default, action.required) for action in parser._actions]
+    before = [(action, action.default, action.required) for action in actions_of(parser)]
     try:
         parser.set_defaults_with_config(**values)
         yield

@@ -15,7 +15,7 @@ def uniform(sizes: list[int], sparsity: float) -> list[float]:
 def global_densities(
     scores: list[Tensor], sparsity: float, sizes: Optional[list[int]] = None, group: ranks.Group = None
 ) -> list[float]:
-    """The density each matrix would have if all connections competed by `scores`.
+    """Kept share of each matrix under one threshold on the scores of all.
 
     Args:
         scores: of each matrix, any shape, one dtype; with a `group` what this rank owns of it.
@@ -36,7 +36,7 @@ def blended(
 
     Args:
         sizes: connections per matrix.
-        densities: kept share per matrix that the indicator asks for.
+        densities: kept share per matrix, to be blended with the uniform one.
         sparsity: overall sparsity.
         blend: 0 uniform, 1 the indicator's own.
         floor: least density, as a share of the overall one, so that no layer starves.
@@ -72,7 +72,7 @@ def _count(density: float, size: int, floor: int) -> int:
 def allocate(
     scores: list[Tensor], sizes: list[int], sparsity: float, blend: float, group: ranks.Group = None
 ) -> list[float]:
-    """Sparsity of each matrix: `blend` of what a contest by these scores over the whole model gives, the rest uniform.
+    """Shares the sparsity among matrices: `blend` as a global threshold on the scores would, the rest uniformly.
 
     The number of kept connections is that of a uniform allocation.
 

@@ -1,6 +1,6 @@
-"""The k-th largest of many scores between two values: a guess from a sample, and one pass around it.
+"""Finds the k-th largest of many scores on a CPU in one pass: a sample says between which two values it lies.
 
-On a CPU a histogram of all scores costs more than two comparisons. So a sample first brackets the threshold; one pass
+A histogram of all scores would cost more there than two comparisons. So a sample first brackets the threshold; one pass
 packs what is above the bracket, and the few scores within it are all that has to be selected from.
 """
 
@@ -104,17 +104,19 @@ def scan(parts: list[Tensor], low: float, high: float) -> Scanned:
     return Scanned(masks, [numpy.concatenate(each) for each in positions], candidates, above, nans)
 
 
-def _scan_places(parts: list[Tensor], masks: list[Tensor], places: list[tuple[int, int]], low, high) -> list:
+def _scan_places(
+    parts: list[Tensor], masks: list[Tensor], places: list[tuple[int, int]], low: float, high: float
+) -> list:
     """(part, how many are above, positions and values within) of each chunk; its mask is written."""
     above, below = numpy.empty(_CHUNK, bool), numpy.empty(_CHUNK, bool)
-    low, high = numpy.float32(low), numpy.float32(high)
+    bottom, top = numpy.float32(low), numpy.float32(high)
     result = []
     for number, begin in places:
         scores = parts[number][begin : begin + _CHUNK].float().numpy()
         size, padded = len(scores), -(-len(scores) // 8) * 8
         above[size:padded], below[size:padded] = False, True
-        numpy.greater_equal(scores, high, out=above[:size])
-        numpy.less(scores, low, out=below[:size])
+        numpy.greater_equal(scores, top, out=above[:size])
+        numpy.less(scores, bottom, out=below[:size])
         upper = numpy.packbits(above[:padded], bitorder="little")
         masks[number].numpy()[begin // 8 : (begin + padded) // 8] = upper
         # Outside the bracket one comparison holds; so what lies within, and NaN, stands out, and is looked for a byte

@@ -65,7 +65,7 @@ def _floor_masks(parts: list[Tensor], keeps: list[int], group: ranks.Group) -> l
 def global_packed_masks(
     parts: list[Tensor], sizes: list[int], sparsity: float, floor: float = 0.25, group: ranks.Group = None
 ) -> list[Tensor]:
-    """One threshold over all matrices, after each is divided by its mean; a floor per matrix. Packed bits.
+    """Masks by one threshold over all matrices, each divided by its mean, with a least density for each. Packed bits.
 
     Args:
         parts: this rank's non-negative fp32 scores of each matrix. They are overwritten.
@@ -84,10 +84,3 @@ def global_packed_masks(
         part.view(-1).masked_fill_(unpack_bits(held, (part.numel(),)), float("-inf"))
     rest = packed_masks(parts, keep - sum(floors), group)
     return [first | second for first, second in zip(reserved, rest)]
-
-
-def global_masks(scores: list[Tensor], sparsity: float, floor: float = 0.25) -> list[Tensor]:
-    """`global_packed_masks` of whole matrices as bool masks; `scores` stay as they are."""
-    copies = [score.float().clone() for score in scores]
-    packed = global_packed_masks(copies, [score.numel() for score in scores], sparsity, floor)
-    return [unpack_bits(bits, score.shape) for bits, score in zip(packed, scores)]

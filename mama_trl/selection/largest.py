@@ -45,8 +45,10 @@ def packed_masks(parts: list[Tensor], keep: int, group: ranks.Group = None) -> l
 
 
 def _by_bracket(parts: list[Tensor], keep: int, size: int, group: ranks.Group) -> Optional[list[Tensor]]:
-    """`packed_masks` in one pass over the scores: all above a bracket are kept, and the few within it are selected
-    from in their turn. None where no bracket would pay, or where it turns out not to hold the threshold."""
+    """`packed_masks` in one pass over the scores: all above a bracket are kept, and of the few within it the largest.
+
+    None where no bracket would pay, or where it turns out not to hold the threshold.
+    """
     bracket = sampled_bracket(parts, keep, size, group)
     if bracket is None:
         return None

@@ -28,7 +28,10 @@ class OwnedScores:
     transposed: bool = False
 
     def block(self) -> tuple[Tensor, int]:
-        """Keys as whole lines of the parameter, (lines, columns), filled up with the least key; first line's number."""
+        """The owned range as whole lines of the parameter, int32 keys (lines, columns), and the first line's number.
+
+        Where another rank owns a part of the first or last line, the least key stands.
+        """
         columns = self.shape[1]
         first, last = self.start // columns, -(-(self.start + self.scores.numel()) // columns)
         keys = ordered_keys(self.scores)
@@ -46,9 +49,10 @@ class OwnedScores:
 
 
 def row_mask_of_owned(piece: OwnedScores, keep: int, group: ranks.Group = None) -> Tensor:
-    """Bool (owned,): of every output row the `keep` largest, ties to the lower input; rows may be spread over ranks.
+    """The `keep` largest of every output row, ties to the lower input, of what this rank owns: bool (owned,).
 
-    The k-th largest key of all rows at once by bisection over its 32 bits: each round adds one count per row.
+    Rows may be spread over ranks. The k-th largest key of all rows at once by bisection over its 32 bits: each round
+    adds one count per row.
     """
     keys, first = piece.block()
     along = 0 if piece.transposed else 1
@@ -121,7 +125,7 @@ def nm_mask(scores: Tensor, n: int, m: int) -> Tensor:
 
 
 def nm_mask_of_owned(piece: OwnedScores, n: int, m: int, group: ranks.Group = None) -> Tensor:
-    """`nm_mask` of what this rank owns, bool (owned,); only groups that a shard boundary cuts are exchanged.
+    """`nm_mask` of what this rank owns, bool (owned,); ranks exchange only the groups of M that a boundary cuts.
 
     A stretch of the parameter that holds whole groups only is `m` inputs long, or `m` lines where the inputs are
     the parameter's first dimension.

@@ -18,7 +18,7 @@ CHUNK = 1 << 19  # scores handled at once: bounds the extra memory; a multiple o
 
 @dataclass(frozen=True)
 class Threshold:
-    """Where a selection ends: all scores above `value` are kept, and the first `ties` of the `level` equal to it."""
+    """The cut between kept and pruned: scores above `value` are kept, and the first `ties` of `level` equal to it."""
 
     value: float
     ties: int

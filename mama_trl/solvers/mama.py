@@ -60,8 +60,9 @@ def mama(
         worth = stand_in(matrix, 1 - group[0] / group[1] if group else sparsity)
         matrix.div_(worth).div_(worth.unsqueeze(1))
         goal, scale = goal.div_(worth), scale * worth
-    sparse, mask = _search(matrix, goal, weight * scale, sparsity, group, importance, by_row, fresh=cross is not None)
-    sparse = conjugate_gradients(matrix, goal, mask, sparse, REFIT)
+    wish = _search(matrix, goal, weight * scale, sparsity, group, importance, by_row, fresh=cross is not None)
+    mask = matrix_mask(_scores(wish, importance), sparsity, group, by_row)
+    sparse = conjugate_gradients(matrix, goal, mask, wish * mask, REFIT)
     return safer_rows(weight, sparse / scale * mask, weight * mask, gram, cross), mask
 
 
@@ -89,18 +90,17 @@ def _search(
     importance: Optional[Tensor],
     by_row: bool,
     fresh: bool,
-) -> tuple[Tensor, Tensor]:
-    """ADMM for W A = B (out, in) with the wanted number of non-zeros: (values near their best, bool mask).
+) -> Tensor:
+    """ADMM for W A = B (out, in) with the wanted number of non-zeros, up to the last choice of the mask.
 
     `fresh` says that `dense` is not yet the solution without a mask, since other outputs than its own are wanted.
+
+    Returns:
+        (out, in), whose largest connections are to be kept, with values near their best.
     """
     keep = kept_count(dense.numel(), sparsity)
-
-    def project(wish: Tensor, last: bool) -> Tensor:
-        score = wish.abs() if importance is None else wish.abs() * importance
-        return matrix_mask(score, sparsity, group, by_row) if last or group or by_row else _roughly(score, keep)
-
-    sparse, dual = dense, torch.zeros_like(dense)  # dual: of the constraint that both copies are equal
+    sparse = wish = dense
+    dual = torch.zeros_like(dense)  # of the constraint that both copies are equal
     for stage, penalty in enumerate(PENALTIES):
         inverse, penalty = _inverse(matrix, penalty)
         for step in range(PER_PENALTY):
@@ -108,10 +108,19 @@ def _search(
             current = dense if first and not fresh else (goal - dual + penalty * sparse) @ inverse
             wish = current if first else torch.lerp(sparse, current, RELAXATION)
             wish = wish + dual / penalty
-            mask = project(wish, stage == len(PENALTIES) - 1 and step == PER_PENALTY - 1)
+            if stage == len(PENALTIES) - 1 and step == PER_PENALTY - 1:
+                break
+            scores = _scores(wish, importance)
+            exact = group is not None or by_row
+            mask = matrix_mask(scores, sparsity, group, by_row) if exact else _roughly(scores, keep)
             sparse = wish * mask
             dual = penalty * (wish - sparse)
-    return sparse, mask
+    return wish
+
+
+def _scores(wish: Tensor, importance: Optional[Tensor]) -> Tensor:
+    """By what the connections of a solution compete, (out, in)."""
+    return wish.abs() if importance is None else wish.abs() * importance
 
 
 def _inverse(matrix: Tensor, ridge: float) -> tuple[Tensor, float]:

@@ -7,6 +7,7 @@ that is not worth a line is given to `prune` as a `Method`.
 from dataclasses import dataclass
 from typing import Callable
 
+from ..errors import MamaError
 from ..selection.patterns import matrix_mask
 from . import alps, magnitude, sparsegpt, wanda
 from .mama import mama
@@ -37,6 +38,10 @@ class Method:
     summary: str
     budget: str = "uniform"
     tunable: bool = False
+
+    def __post_init__(self) -> None:
+        if self.needs not in NEEDS:
+            raise MamaError(f"`needs` of method {self.label} is {self.needs!r}: use one of {', '.join(NEEDS)}.")
 
 
 def solve_magnitude(problem: LayerProblem) -> Solution:

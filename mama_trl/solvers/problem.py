@@ -22,7 +22,7 @@ class Gram:
     tokens: int = 0
 
     @classmethod
-    def zeros(cls, inputs: int, device) -> "Gram":
+    def zeros(cls, inputs: int, device: torch.device | str) -> "Gram":
         return cls(torch.zeros(inputs, inputs, device=device), torch.zeros(inputs, device=device))
 
     def add(self, inputs: Tensor) -> None:
@@ -54,7 +54,9 @@ class Goal:
     total: Tensor
 
     @classmethod
-    def of_inputs(cls, weight: Tensor, bias: Optional[Tensor], pairs: Tensor, dense_total: Tensor, gram: Gram):
+    def of_inputs(
+        cls, weight: Tensor, bias: Optional[Tensor], pairs: Tensor, dense_total: Tensor, gram: Gram
+    ) -> "Goal":
         """The outputs W x' + b of the dense model's inputs x', from `pairs` Σ x' xᵀ (in, in) and Σ x' (in,)."""
         cross, total = weight @ pairs, weight @ dense_total
         if bias is not None:
@@ -75,10 +77,10 @@ class LayerProblem:
         weight: (out, in) fp32.
         bias: (out,) fp32, or None.
         sparsity: pruned share of the matrix.
-        nm: (N, M) pattern, which goes before the sparsity; None = unstructured.
+        nm: (N, M) pattern, which takes precedence over the sparsity; None = unstructured.
         by_row: the same number kept in each output row, instead of where the matrix needs them.
-        inputs: statistics of the inputs that the pruned layers before this one compute; None where the method needs
-            none.
+        inputs: statistics of the inputs that the pruned layers before this one compute; of no inputs at all where the
+            method needs nothing.
         goal: what the layer should put out (bias included); None = what its dense weight makes of these inputs.
         redistribution: none, mean, bias or least_squares.
         criterion: by which connections are judged.
@@ -90,7 +92,7 @@ class LayerProblem:
     sparsity: float = 0.5
     nm: Optional[tuple[int, int]] = None
     by_row: bool = False
-    inputs: Optional[Gram] = None
+    inputs: Gram = field(default_factory=lambda: Gram.zeros(0, "cpu"))
     goal: Optional[Goal] = None
     redistribution: str = "least_squares"
     criterion: Criterion = Criterion({"activation": 1.0})

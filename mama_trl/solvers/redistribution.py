@@ -87,7 +87,10 @@ def least_squares(
     damping: float = 1e-4,
     cross: Tensor | None = None,
 ) -> Tensor:
-    """Kept weights that lose least, by conjugate gradients projected on the mask, all rows at once.
+    """Kept weights that lose least on a given mask, by conjugate gradients projected on it, all rows at once.
+
+    Not what the option `redistribution="least_squares"` runs, which finds mask and values together (mama.py): this
+    repairs the mask of any other method.
 
     Args:
         weight: dense weights W, fp32 (out, in).

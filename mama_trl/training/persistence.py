@@ -26,10 +26,10 @@ def check_limit(args) -> None:
 
 
 def resumed_from(args, state) -> Path:
-    """The checkpoint that the Trainer resumed, which it tells nobody: the one that the arguments name, or the one in
-    the output folder, if its Trainer state is the one that was loaded. Collective.
+    """The folder of the checkpoint that the Trainer has resumed from. Collective.
 
-    Raises `MamaError` if it is neither.
+    The Trainer does not say which: it is the one that the arguments name, or else the one in the output folder, whose
+    Trainer state equals the loaded one. Raises `MamaError` if neither is.
     """
     return Path(ranks.decided(lambda: _resumed_from(args, state)))
 
@@ -75,7 +75,8 @@ def _from_hub(name: str) -> Optional[Path]:
 
 
 def forget_best(state) -> None:
-    """Lets `load_best_model_at_end` and early stopping start anew: what is not sparse yet is no best model."""
+    """Forgets the best model so far, as `load_best_model_at_end` and early stopping know it: one from before the last
+    mask update is not yet as sparse as asked for."""
     state.best_metric = None
     state.best_model_checkpoint = None
     state.best_global_step = None

@@ -19,7 +19,7 @@ from .state import RunState
 
 
 class Regime:
-    """What a regime is asked, in the order of a run. All of it is collective.
+    """The interface of a regime: methods in the order in which a run calls them. All of them are collective.
 
     Tensors that must survive a kill go into `run.regime_tensors` (what this rank owns of each parameter, by a name that
     ends in "/" and the parameter's): they are saved with each checkpoint and are there again when a resumed run begins.
@@ -62,7 +62,7 @@ class Regime:
 
 
 class HardMasks(Regime):
-    """Masks on a schedule: one early mask, a cubic ramp, or the masks there are; zeros after every step.
+    """Masks on a schedule (one early mask, a ramp, or those that there are), and exact zeros after every step.
 
     A mask update whose step was passed over, since the run was resumed with another accumulation or length, is made at
     the next step.
@@ -106,7 +106,11 @@ class HardMasks(Regime):
         return self.schedule.last
 
     def after_step(self, buckets: Optional[set[int]] = None) -> None:
-        if self.run.masks is not None:
+        if self.run.masks is None:
+            return
+        if buckets is None:  # nobody is about to make working copies of these masters
+            self.run.masks.enforce()
+        else:
             self.run.masks.apply(buckets=buckets)
 
     @property

@@ -1,8 +1,13 @@
 """Sparsity as a function of the optimizer step."""
 
 from dataclasses import dataclass
+from typing import Callable
 
 from ..errors import MamaError
+
+# By name: the share of the target sparsity that the masks have when `done` (0 to 1) of a ramp's mask updates are made.
+# Cubic after Zhu and Gupta (arXiv 1710.01878): steep at first, while there is much to spare.
+RAMPS: dict[str, Callable[[float], float]] = {"cubic": lambda done: 1.0 - (1.0 - done) ** 3}
 
 
 @dataclass(frozen=True)
@@ -10,11 +15,11 @@ class Schedule:
     """When masks are computed, and for which sparsity.
 
     Args:
-        kind: `oneshot` (one mask at `start`), `cubic` (from the first mask at `start` to the target at
-            `end`, after Zhu and Gupta, arXiv 1710.01878) or `hold` (existing masks stay as they are).
+        kind: `oneshot` (one mask at `start`), `hold` (existing masks stay as they are), or one of `RAMPS` (from the
+            first mask at `start` to the target at `end`).
         target: final sparsity in [0, 1).
         start, end: optimizer steps; the first and the last mask update.
-        interval: steps between two mask updates of the cubic ramp.
+        interval: steps between two mask updates of a ramp.
     """
 
     kind: str
@@ -31,7 +36,7 @@ class Schedule:
             return self.target
         # The first mask already prunes: the ramp has (end - start) / interval + 1 updates.
         done = (step - self.start + self.interval) / (self.end - self.start + self.interval)
-        return self.target * (1.0 - (1.0 - done) ** 3)
+        return self.target * RAMPS[self.kind](done)
 
     def updates(self, step: int) -> bool:
         """Whether a mask is computed right after optimizer step `step` (1-based)."""

@@ -186,8 +186,8 @@ class RunState:
             self.masks.enforce()
         self.trajectory.load(folder, resume=True)
         reader = RangeReader.find(folder, REGIME)
-        names = reader.names if reader is not None else []
-        self.regime_tensors = {key: reader.read(key, *self._range(key)) for key in names}
+        for key in reader.names if reader is not None else []:
+            self.regime_tensors[key] = reader.read(key, *self._range(key)).to(self._shard(key).master.device)
         self.count()
 
     def inherit(self, folder: Optional[Path]) -> None:
@@ -207,8 +207,14 @@ class RunState:
 
     def _range(self, key: str) -> tuple[int, int]:
         """What this rank owns of the parameter that a regime's tensor belongs to."""
-        shard = self.shards[key.rpartition("/")[2]]
+        shard = self._shard(key)
         return shard.start, shard.length
+
+    def _shard(self, key: str) -> Shard:
+        """The parameter that a regime's tensor belongs to."""
+        return self.shards[key.rpartition("/")[2]]
+
+
 def _checked(folder: Path, output_dir: str | Path, here: dict[str, Any]) -> dict[str, Any]:
     """What `state.json` of a checkpoint says. Raises `MamaError` if it is not whole, or another run's."""
     require_whole(folder, output_dir)

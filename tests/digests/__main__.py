@@ -75,8 +75,10 @@ def by_block(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def compute(name: str) -> dict[str, Entry]:
-    """The entries of one case."""
+    """The entries of one case; of a refused one its sentence."""
     from transformers import set_seed
+
+    from mama_trl import MamaError
 
     from .cases import CASES
 
@@ -85,6 +87,8 @@ def compute(name: str) -> dict[str, Entry]:
     try:
         with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
             tensors = by_block(CASES[name]())
+    except MamaError as error:
+        tensors = {"refused": torch.tensor(list(str(error).encode()), dtype=torch.uint8)}
     except Exception:
         print(said.getvalue())
         raise

@@ -46,7 +46,6 @@ from mama_trl.selection.largest import packed_masks
 from mama_trl.selection.patterns import OwnedScores, matrix_mask, nm_mask_of_owned, row_mask_of_owned
 from mama_trl.solvers import redistribution
 from mama_trl.solvers.alps import alps
-from mama_trl.solvers.exchange import exchange
 from mama_trl.solvers.groups import choose_structures, refit
 from mama_trl.solvers.magnitude import magnitude
 from mama_trl.solvers.mama import mama
@@ -95,7 +94,6 @@ def oneshot(
     criterion: list[str] | None = None,
     scores: dict[str, dict[str, Tensor]] | None = None,
     goals: bool = True,
-    exchanges: bool = True,
     allocation: dict[str, float] | None = None,
     blend: float | None = None,
     **options,
@@ -107,8 +105,8 @@ def oneshot(
         goals: whether layers aim at the dense model's outputs.
         allocation, blend: sparsity by matrix; share of the sensitivity budget.
     """
-    if method == "mama" and not (goals and exchanges):
-        method = replace(METHODS["mama"], solve=partial(solve_mama, goals=goals, exchanges=exchanges))
+    if method == "mama" and not goals:
+        method = replace(METHODS["mama"], solve=partial(solve_mama, goals=False))
     if criterion is not None:
         options["indicators"] = criterion
     # The old word for a pass of calibration gradients, and the blend that every budget had in one-shot pruning.
@@ -268,7 +266,7 @@ def solve(
 
     Args:
         inputs: X, (tokens, in).
-        options: for mama: importance, cross, exchanges, by_row.
+        options: for mama: importance, cross, by_row.
     """
     gram = Gram.zeros(weight.shape[1], "cpu")
     gram.add(inputs)
@@ -281,14 +279,13 @@ def solve(
 
 
 def redistributed(weight: Tensor, inputs: Tensor, mask: Tensor) -> dict[str, Tensor]:
-    """The parts of redistribution and exchange, each by itself."""
+    """The parts of redistribution, each by itself."""
     gram, mean = inputs.T @ inputs, inputs.mean(0)
     scaled, scale = redistribution.unit_diagonal(gram, 1e-3)
     goal = redistribution.normal_equations(weight, scaled, scale, 1e-3, None)
     fitted = redistribution.conjugate_gradients(scaled, goal, mask, weight * scale * mask, 15)
-    exchanged, support = exchange(scaled, goal, fitted, mask)
     return {
-        "scaled": scaled, "scale": scale, "goal": goal, "fitted": fitted, "exchanged": exchanged, "support": support,
+        "scaled": scaled, "scale": scale, "goal": goal, "fitted": fitted,
         "mean": redistribution.mean(weight, mask), "bias": redistribution.bias_shift(weight, weight * mask, mean),
     }
 
@@ -304,7 +301,8 @@ def formulas(weight: Tensor, gradient: Tensor, moment: Tensor, norm: Tensor, bia
     """Every indicator's formula."""
     return {
         "magnitude": indicators.magnitude(weight), "activation": indicators.activation(weight, norm),
-        "sensitivity": indicators.sensitivity(weight, gradient), "movement": RULES["movement"](weight * gradient),
+        "sensitivity": indicators.sensitivity(weight, gradient),
+        "movement": RULES["movement"].of_step(weight * gradient),
         "curvature": indicators.curvature(weight, moment), "with biases": weights_and_biases(weight, bias),
     }
 

@@ -121,7 +121,7 @@ for options in (
     {"indicators": ["sensitivity"], "redistribution": "mean"},
     {"indicators": ["curvature", "magnitude"], "redistribution": "bias"},
     {"budget": "uniform"}, {"budget": "sensitivity", "blend": 1.0}, {"share": "hand"}, {"share": "gradients"},
-    {"goals": False}, {"exchanges": False}, {"batch_size": 3}, {"dtype": "bfloat16"}, FEW,
+    {"goals": False}, {"batch_size": 3}, {"dtype": "bfloat16"}, FEW,
 ):
     case("oneshot", oneshot, "llama", "mama", **{"sparsity": 0.6, **options})
 for sparsity in (0.0, 0.9, 0.97):
@@ -491,7 +491,7 @@ for method, (sparsity, pattern) in itertools.product(
 ):
     case("solve", solve, method, sparsity, pattern)
 for options in (
-    {"by_row": True}, {"exchanges": False}, {"importance": True}, {"cross": True},
+    {"by_row": True}, {"importance": True}, {"cross": True},
     {"pattern": "2:4", "importance": True, "cross": True},
 ):
     case("solve", solve, "mama", 0.7, **options)

@@ -9,7 +9,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from tests.distributed.launch import ROOT
-from tests.test_cli import TEXT
+from tests.scripts.conftest import TEXT
 from tests.tiny_tokenizer import tiny_tokenizer
 from tests.training import saved
 

@@ -9,7 +9,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, TrainerCallback
 
 from mama_trl.cli import main
 from mama_trl.training.checkpoints import newest_whole
-from tests.test_cli import TEXT, refused
+from tests.scripts.conftest import TEXT, refused
 from tests.tiny_tokenizer import tiny_tokenizer
 from tests.training import saved
 

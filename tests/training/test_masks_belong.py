@@ -294,7 +294,7 @@ def test_pruning_to_less_than_there_is_is_refused(rows, tmp_path):
 
 def test_a_second_callback_is_refused(rows, tmp_path, tokenizer):
     from mama_trl import MamaGRPOConfig, MamaGRPOTrainer
-    from tests.test_trainers import COMMON, lengths, prompts
+    from tests.training.test_trainers import COMMON, lengths, prompts
 
     with pytest.raises(MamaError, match="two MamaCallbacks"):
         train(tiny("llama"), rows, tmp_path, callbacks=[MamaCallback(MamaConfig())])

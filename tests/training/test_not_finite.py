@@ -156,8 +156,8 @@ def test_a_pruning_that_makes_nan_is_refused(rows, tmp_path, monkeypatch):
 def test_a_nan_weight_of_the_loss_stops_the_run(rows, tmp_path, tokenizer):
     """As a user can set it after all checks: the run stops at its first look at the weights."""
     from mama_trl import MamaDistillationConfig, MamaDistillationTrainer
-    from tests.test_trainers import COMMON
     from tests.training.runs import dataset
+    from tests.training.test_trainers import COMMON
 
     student = tiny("llama")
     prune(student, rows[:8], "magnitude", 0.5, progress=False)
