@@ -283,6 +283,13 @@ class MamaConfig(PruningOptions):
         default=True,
         metadata={"help": "Take up masks and statistics saved beside the model by an earlier stage."},
     )
+    enforce_masks: bool = field(
+        default=False,
+        metadata={
+            "help": "Set to zero what the masks taken up prune and is not zero, as right after merging an adapter, "
+            "instead of refusing masks that do not fit the weights."
+        },
+    )
 
     def __post_init__(self):
         check_fields(self, MamaConfig)
@@ -300,6 +307,10 @@ class MamaConfig(PruningOptions):
         for name in self.statistics or []:
             check_choice(name, STATISTICS, "statistics")
         self._check_schedule()
+        if self.enforce_masks and not self.inherit_masks:
+            raise MamaError(
+                "`enforce_masks` is True, but `inherit_masks` is False, so no masks are taken up: leave one out."
+            )
         if self.calibration_tokens is not None and not self.needs_calibration:
             raise MamaError(
                 f"`calibration_tokens` is {self.calibration_tokens!r}, but nothing reads inputs with these "

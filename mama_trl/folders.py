@@ -7,6 +7,7 @@ from typing import Any, Iterable, Mapping, Optional
 
 from .errors import MamaError, first_line
 from .paths import check_paths, exists, is_dir, is_file
+from .writing import WRITING
 
 WEIGHT_FILES = ("*.safetensors", "pytorch_model*.bin")
 LOCK = ".mama.lock"  # see lock.py
@@ -105,6 +106,8 @@ def _checked_name(path: str | Path) -> Path:
 def _check_places(folder: Path, files: Iterable[str]) -> None:
     """Raises `MamaError` if a folder stands where a file will be written, or an adapter beside a new model."""
     for entry in folder.iterdir() if is_dir(folder) else ():
+        if entry.name == WRITING and is_dir(entry) and not entry.is_symlink():
+            continue  # what a killed command has left: it is deleted before anything is written
         if not entry.is_file() and any(fnmatch.fnmatchcase(entry.name, name) for name in files):
             raise MamaError(f"{entry} is no file, and one of this name will be written: move it out of there.")
         if entry.name == "adapter_config.json" and files:

@@ -109,6 +109,7 @@ OURS = {
     "mask_start": [math.nan, math.inf, -1, "0.1", True, 1.5], "mask_end": [math.nan, -math.inf, [1], 2.5],
     "mask_interval": [0, -1, 2.5, True, "3"], "calibration_tokens": [0, -5, 1.5, "many", 2**80],
     "statistics": [5, ["speed"], [None], "everything"], "inherit_masks": ["false", 0, 1, None, "no"],
+    "enforce_masks": ["false", 0, 1, None, "no"],
 }
 
 

@@ -4,12 +4,16 @@ A `group` is a process group, or None where a rank is on its own (one process, o
 holds whole), so that the same code serves both.
 """
 
-from typing import Optional
+import json
+from typing import Callable, Optional, TypeVar
 
 import torch
 from torch import Tensor
 from torch import distributed as dist
 
+from ..errors import MamaError, first_line
+
+Decision = TypeVar("Decision")
 Group = Optional["dist.ProcessGroup"]
 
 
@@ -95,3 +99,37 @@ def agree(digest: str, group: Group, device: torch.device) -> bool:
 def wait(group: Group) -> None:
     if group is not None:
         dist.barrier(group=group)
+
+
+def decided(decide: Callable[[], Decision]) -> Decision:
+    """What `decide` returns on the first rank, made of JSON values, on every rank; or the error that it raises there.
+
+    For what depends on files, which may look different from each rank, or change between two looks. Collective over all
+    processes.
+
+    Raises:
+        MamaError: on every rank, if `decide` raises it on the first; its other errors too, on the ranks that wait.
+    """
+    group = everyone()
+    if group is None:
+        return decide()
+    error, answer = None, {}
+    if rank(group) == 0:
+        try:
+            answer = {"value": decide()}
+        except Exception as raised:
+            error, answer = raised, {"error": str(raised) if isinstance(raised, MamaError) else first_line(raised)}
+    answer = json.loads(_text_of_first(json.dumps(answer), group))
+    if error is not None:
+        raise error
+    if "error" in answer:
+        raise MamaError(answer["error"])
+    return answer["value"]
+
+
+def _text_of_first(text: str, group: Group) -> str:
+    """The first rank's `text`, on every rank."""
+    coded = torch.frombuffer(bytearray(text.encode()), dtype=torch.uint8)
+    size = int(from_rank(torch.tensor(coded.numel()), 0, group))
+    coded = coded if rank(group) == 0 else torch.empty(size, dtype=torch.uint8)
+    return bytes(from_rank(coded, 0, group).tolist()).decode()

@@ -88,6 +88,11 @@ class Shard:
         return []
 
     @property
+    def saved(self) -> Tensor:
+        """The owned range as a file of the model would hold it: of the working copy where there is one, (length,)."""
+        return self.master
+
+    @property
     def bucket(self) -> int:
         """A key of those parameters that one call of the optimizer's step updates; under ZeRO-3 it is called often."""
         return 0

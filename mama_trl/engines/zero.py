@@ -71,6 +71,10 @@ class FragmentShard(Shard):
     def working_copies(self) -> list[Tensor]:
         return [self.parameter.data.view(-1)]
 
+    @property
+    def saved(self) -> Tensor:
+        return self.owned(self.parameter.data)
+
     def write(self, whole: Tensor) -> None:
         super().write(whole)
         self.parameter.data.copy_(whole.view(self.shape))
@@ -153,6 +157,10 @@ class PartitionShard(Shard):
         gathered = self.parameter.data.numel() == self.numel  # at the moment, or small enough to stay so
         return [self._partition, self.parameter.data.view(-1)] if gathered else [self._partition]
 
+    @property
+    def saved(self) -> Tensor:
+        return self._partition
+
     def write(self, whole: Tensor) -> None:
         super().write(whole)
         for copy in self.working_copies:
@@ -198,6 +206,20 @@ def hook_steps(optimizer, before: Callable[[], None], after: Callable[[Optional[
         zero.step = step
 
     return [restore, handle.remove]
+
+
+def hold_still(optimizer) -> Callable[[], None]:
+    """Lets the optimizer's steps move nothing, under every engine; returns what lets them move again."""
+    zero = getattr(optimizer, "optimizer", None)
+    # Under DeepSpeed the engine steps its ZeRO optimizer itself, and the wrapper's own step does nothing.
+    stepping = zero if getattr(zero, "optimizer", None) is not None else optimizer
+    step = stepping.step
+    stepping.step = lambda *args, **kwargs: None
+
+    def release():
+        stepping.step = step
+
+    return release
 
 
 def zero_stage() -> Optional[int]:

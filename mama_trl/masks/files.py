@@ -18,6 +18,7 @@ from .tensors import TensorFile, write_tensors
 
 FOLDER = "mama"  # beside the model's own files
 STATE_FILE = "state.json"  # in FOLDER, written last: where it is missing, the save was cut off
+STEMS = ("masks", "statistics", "inputs", "regime")  # of all files of tensors in FOLDER
 _KINDS = {"masks": "mask"}
 _HEADERS = {  # what a header must hold, by stem
     "masks": {"shapes": dict, "pattern": str, "kept": dict},

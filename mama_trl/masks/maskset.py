@@ -28,6 +28,8 @@ class MaskSet:
         pattern: `unstructured` or N:M.
         ranges: (start, length) of what `bits` cover; default everything.
         kept: kept connections of each whole parameter; counted here if every range is everything.
+        zeros: exact zeros of each whole parameter in the weights that these masks were saved with, by which weights are
+            known that somebody has pruned further since; None if nobody counted.
     """
 
     def __init__(
@@ -37,8 +39,10 @@ class MaskSet:
         pattern: str = "unstructured",
         ranges: Optional[dict[str, tuple[int, int]]] = None,
         kept: Optional[dict[str, int]] = None,
+        zeros: Optional[dict[str, int]] = None,
     ):
         self.bits = bits
+        self.zeros = zeros
         self.shapes = {name: tuple(shape) for name, shape in shapes.items()}
         self.pattern = pattern
         everything = {name: (0, torch.Size(shape).numel()) for name, shape in self.shapes.items()}
@@ -57,7 +61,10 @@ class MaskSet:
         )
 
     @classmethod
-    def from_shards(cls, bits: dict[str, Tensor], shards: list[Shard], pattern: str = "unstructured") -> "MaskSet":
+    def from_shards(
+        cls, bits: dict[str, Tensor], shards: list[Shard], pattern: str = "unstructured",
+        zeros: Optional[dict[str, int]] = None,
+    ) -> "MaskSet":
         """From packed bits of what each of `shards` owns. Collective: the kept are counted over ranks."""
         group = group_of(shards)
         counts = ranks.total(torch.stack([count(bits[shard.name]) for shard in shards]), group).tolist()
@@ -67,6 +74,7 @@ class MaskSet:
             pattern,
             {shard.name: (shard.start, shard.length) for shard in shards},
             {shard.name: kept for shard, kept in zip(shards, counts)},
+            zeros,
         )
         result.bind(shards)
         return result
@@ -191,16 +199,24 @@ class MaskSet:
                     "inherit_masks to false."
                 )
 
-    def save(self, folder: str | Path) -> Path:
-        """Writes `folder/mama/masks.safetensors`, or this rank's part of it, atomically; returns its path."""
+    def save(self, folder: str | Path, zeros: Optional[dict[str, int]] = None) -> Path:
+        """Writes `folder/mama/masks.safetensors`, or this rank's part of it, atomically; returns its path.
+
+        `zeros` are those of the weights beside which the masks are saved, as in the constructor.
+        """
         header = {"shapes": self.shapes, "pattern": self.pattern, "kept": self.kept, "format": "mama-masks-3"}
+        if zeros is not None:
+            header["zeros"] = zeros
         return write_ranges(folder, STEM, self.bits, self.ranges, header, group_of(self._shards))
 
     @classmethod
-    def load(cls, folder: str | Path, model: Optional[nn.Module] = None) -> Optional["MaskSet"]:
+    def load(
+        cls, folder: str | Path, model: Optional[nn.Module] = None, zeros: bool = True
+    ) -> Optional["MaskSet"]:
         """Reads what any number of ranks saved; None if there is no mask file.
 
-        With a `model` whose parameters are spread over ranks, only what this rank owns is read.
+        With a `model` whose parameters are spread over ranks, only what this rank owns is read; with `zeros`, what is
+        pruned must be zero in it.
 
         Raises:
             MamaError: a file is damaged or missing, or (with `model`) the masks are another model's.
@@ -209,7 +225,7 @@ class MaskSet:
         if reader is None:
             return None
         shapes, pattern, kept = _header(reader)
-        result = cls({}, shapes, pattern, kept=kept)
+        result = cls({}, shapes, pattern, kept=kept, zeros=_zeros(reader, shapes))
         shards = []
         if model is not None:
             result.check(model, str(Path(folder) / FOLDER))
@@ -220,7 +236,8 @@ class MaskSet:
         result._check_counts(reader, group_of(shards))
         if model is not None:
             result.bind(shards)
-            result.check_zeros(str(Path(folder) / FOLDER))
+            if zeros:
+                result.check_zeros(str(Path(folder) / FOLDER))
         return result
 
     def _check_counts(self, reader: RangeReader, group: ranks.Group) -> None:
@@ -255,3 +272,10 @@ def _header(reader: RangeReader) -> tuple[dict[str, tuple], str, dict[str, int]]
         raise reader.damaged("its header says nothing of shapes, pattern and counts")
     parse_pattern(pattern)
     return {name: tuple(shape) for name, shape in shapes.items()}, pattern, kept
+
+
+def _zeros(reader: RangeReader, shapes: dict[str, tuple]) -> Optional[dict[str, int]]:
+    """Zeros of the weights beside which a mask file was written; None if it does not say."""
+    zeros = reader.header.get("zeros")
+    plain = isinstance(zeros, dict) and zeros.keys() == shapes.keys()
+    return zeros if plain and all(type(number) is int for number in zeros.values()) else None

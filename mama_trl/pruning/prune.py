@@ -16,9 +16,11 @@ from ..calibration.refine import Refiner
 from ..calibration.stagewise import stagewise
 from ..calibration.worth import input_worths
 from ..config import RECORDED_BLEND, RECORDED_BUDGETS, PruningOptions, check_choice
+from ..engines.detect import shards_of
 from ..errors import MamaError
 from ..indicators.combine import Criterion
 from ..indicators.source import ScoreSource, StoredScores
+from ..masks.known import remember
 from ..masks.maskset import MaskSet
 from ..model.fits import check_fits
 from ..model.language import check_readable
@@ -28,7 +30,8 @@ from ..selection.allocation import BINS, allocate, matrix_histogram, shares_by_l
 from ..solvers.magnitude import magnitude
 from ..solvers.methods import METHODS, Method
 from ..solvers.problem import Gram, LayerProblem, Solution
-from .placement import LocalPlacement
+from .checks import check_not_denser, check_solved
+from .placement import DistributedPlacement, LocalPlacement
 
 logger = logging.getLogger(__name__)
 # An expert of a mixture to which the router sends fewer calibration tokens than this is pruned by magnitude.
@@ -80,6 +83,8 @@ def prune(
     check_scores(options, method, scores, layer_sparsity is not None)
     check_redistribution(options, placement.targets)
     check_fits(placement.targets, options)
+    if not isinstance(placement, DistributedPlacement):
+        check_not_denser(placement.targets, options.sparsity, layer_sparsity)
     if layer_sparsity is None:
         layer_sparsity = _allocated(model, calibration, method, options, scores, placement, batch_size, bool(progress))
     if not isinstance(progress, Progress):
@@ -95,6 +100,11 @@ def prune(
     sweep.warn_of_rare()
     result = placement.masks(options.pattern)
     result.apply()
+    if not isinstance(placement, DistributedPlacement):  # a training run does both itself
+        followed = [(target.parameter_name, target.parameter) for target in placement.targets]
+        followed += [(f"bias of {t.name}", t.bias) for t in placement.targets if t.bias is not None]
+        check_solved(shards_of(followed), None if calibration is None else tokens_in(calibration))
+        remember(model, result)
     return result
 
 

@@ -17,7 +17,7 @@ from ..masks.tensors import TensorFile, write_tensors
 from ..model.targets import Target
 from ..paths import is_dir, is_file
 from ..removal import remove_written
-from ..writing import write_json
+from ..writing import WRITING, write_json
 
 logger = logging.getLogger(__name__)
 FOLDER = ".progress"  # inside the output folder, removed at the end
@@ -58,12 +58,15 @@ class Unfinished:
 
     @staticmethod
     def exists(output: str | Path) -> bool:
-        """Whether a killed command left its work there, or had just begun to."""
-        folder = Path(output) / FOLDER
+        """Whether a killed command left its work there, had just begun to, or was about to take it away."""
+        output, folder = Path(output), Path(output) / FOLDER
         if not is_dir(folder):
             return False
-        alone = all(entry.name in (FOLDER, LOCK) for entry in Path(output).iterdir())
-        return is_file(folder / COMMAND) or alone and not any(folder.iterdir())
+        if is_file(folder / COMMAND):
+            return True
+        ours = all(entry.match(".*.tmp") for entry in folder.iterdir())
+        alone = all(entry.name in (FOLDER, LOCK, WRITING) for entry in output.iterdir())
+        return ours and (alone or is_file(output / "config.json"))
 
     @property
     def blocks(self) -> int:
@@ -127,8 +130,9 @@ class Unfinished:
             self.remove()
 
     def remove(self) -> None:
-        """Deletes the stored blocks, and the folder if nothing else lies in it."""
+        """Deletes the stored blocks, and the folder if nothing else lies in it; last of all what they belong to."""
         self._whole.clear()
+        remove_written(self.folder, {name: inner for name, inner in NAMES.items() if name != COMMAND})
         remove_written(self.folder, NAMES)
 
     def _read(self, targets: list[Target]) -> dict[str, Tensor]:

@@ -18,13 +18,14 @@ from ..indicators.source import TrainingScores
 from ..indicators.trajectory import Trajectory
 from ..masks.bits import pack_bits
 from ..masks.maskset import MaskSet
-from ..model.sequences import Sequences
+from ..model.sequences import Sequences, tokens_in
 from ..model.targets import Target
 from ..selection.allocation import allocate, uniform
 from ..selection.everywhere import global_packed_masks
 from ..selection.largest import packed_masks
 from ..selection.patterns import OwnedScores, nm_mask_of_owned, row_mask_of_owned
 from ..selection.threshold import kept_count
+from .checks import check_solved
 from .placement import DistributedPlacement
 from .prune import prune
 
@@ -69,8 +70,8 @@ def check_weights(shards: list[Shard]) -> None:
     bad = ranks.total(bad.int(), ranks.everyone())
     if bad.any():
         raise MamaError(
-            f"{shards[int(bad.nonzero()[0])].name} holds NaN or infinity, so no mask is computed: go back to the last "
-            "checkpoint and lower the learning rate."
+            f"{shards[int(bad.nonzero()[0])].name} holds NaN or infinity, so no mask is computed: lower the learning "
+            "rate, and resume from the last checkpoint, whose weights were looked at when it was saved."
         )
 
 
@@ -128,6 +129,7 @@ def update_masks(update: Update, sparsity: float) -> MaskSet:
     else:
         masks = select(update, sparsity, shares)
         masks.enforce()
+    check_solved(list(update.shards.values()), None if update.calibration is None else tokens_in(update.calibration))
     check_agreement(masks, [sparsity, shares, sorted(config.weights.items()), config.scope, config.redistribution])
     return masks
 

@@ -80,7 +80,7 @@ def main(training_args, script_args, model_args, dataset_args) -> None:
             eval_dataset=eval_data, processing_class=tokenizer,
         )
         rows.check_positions(trainer)
-        training.train(trainer, resume, script_args.dataset_name)
+        training.train(trainer, resume, script_args.dataset_name, script_args.overwrite)
 
 
 def run(argv: list[str]) -> int:

@@ -80,7 +80,7 @@ def main(config, script_args, training_args, model_args, dataset_args) -> None:
             processing_class=tokenizer, callbacks=[MamaCallback(config, stage="pretrain")],
         )
         rows.check_positions(trainer)
-        training.train(trainer, resume, script_args.dataset_name)
+        training.train(trainer, resume, script_args.dataset_name, script_args.overwrite)
 
 
 def run(argv: list[str]) -> int:

@@ -101,7 +101,12 @@ def _prune(args, options, method, unfinished, tokenizer, rows) -> None:
     output = _save(model, tokenizer, args.output)
     masks.save(output)
     unfinished.remove()
-    print(f"{masks.sparsity():.2%} of the prunable weights are zero ({args.method}, {options.pattern}): {output}")
+    zeros = sum(int(target.matrix.numel() - target.matrix.count_nonzero()) for target in targets)
+    counted = zeros / sum(target.matrix.numel() for target in targets)
+    print(
+        f"{counted:.2%} of the prunable weights are zero, {masks.sparsity():.2%} by the masks ({args.method}, "
+        f"{options.pattern}): {output}"
+    )
 
 
 def remove_structures(args) -> None:

@@ -9,17 +9,20 @@ from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, Iterator, Optional
 
-from transformers.trainer_utils import get_last_checkpoint
+from transformers import TrainerCallback
 
 from ..config import MamaConfig
+from ..engines import ranks
 from ..errors import MamaError, first_line, one_line
 from ..evaluation.loading import check_model_source, check_tokenizer, load_tokenizer
 from ..folders import check_output_dir, holds_something
 from ..lock import locked
-from ..masks.files import FOLDER, STATE_FILE
-from ..paths import check_not_written, is_dir, is_file
+from ..masks.files import FOLDER, STATE_FILE, files_of
+from ..masks.maskset import STEM as MASKS
+from ..paths import check_not_written
 from ..removal import MODEL_FILES, remove_weights
-from ..training.checkpoints import cut_off, newest_whole
+from ..training.callback import MamaCallback
+from ..training.checkpoints import checkpoints, choose, remove_ours
 from ..training.integrations import connect
 from ..training.settings import check_buildable, check_schedule
 from ..writing import WRITING, move_into
@@ -54,9 +57,8 @@ def check_run(config, script_args, training_args, model_args, dataset_args, need
             raise MamaError(f"`{name}` is set, which is not supported yet: train the full weights without adapters.")
     resume = _resumed(training_args)
     _check_ranks(resume, training_args)
-    if _first_rank():
-        inputs = inputs_of(script_args, training_args, model_args, dataset_args)
-        _check_output(script_args, training_args, inputs, resume)
+    inputs = inputs_of(script_args, training_args, model_args, dataset_args)
+    ranks.decided(lambda: _check_output(script_args, training_args, inputs, resume))
     check_buildable(training_args)
     check_schedule(config, training_args.max_steps)
     check_model_source(source, needs_weights, training_args.trust_remote_code)
@@ -69,27 +71,14 @@ def _first_rank() -> bool:
 
 
 def _resumed(training_args) -> Optional[str]:
-    """The checkpoint to go on from; None to start at the beginning. Raises `MamaError` if it is no folder."""
-    resume, output = training_args.resume_from_checkpoint, Path(training_args.output_dir)
-    if resume is None or str(resume).lower() == "false":
+    """The checkpoint to go on from; None to start at the beginning. Collective.
+
+    Raises `MamaError` if the one that is named is no folder or not whole, or if all there are are damaged.
+    """
+    asked = training_args.resume_from_checkpoint
+    if asked is None or str(asked).lower() == "false":
         return None
-    if not _again(training_args):
-        if not is_dir(resume):
-            raise MamaError(
-                f"`resume_from_checkpoint` is {resume}, which is no folder: give a checkpoint folder, or true."
-            )
-        if not is_file(Path(resume) / "trainer_state.json"):
-            raise MamaError(
-                f"`resume_from_checkpoint` is {resume}, which holds no trainer_state.json: give a checkpoint, or true."
-            )
-        return resume
-    sentence = cut_off(output)
-    found = newest_whole(output) or (get_last_checkpoint(output) if output.is_dir() and not sentence else None)
-    if sentence:
-        logger.warning(sentence)
-    elif found is None:
-        logger.warning("no checkpoint in %s yet: starting from the beginning", output)
-    return found and str(found)
+    return ranks.decided(lambda: choose(training_args.output_dir, True if _again(training_args) else asked))
 
 
 def _again(training_args) -> bool:
@@ -102,7 +91,7 @@ def _check_output(script_args, training_args, inputs: dict[str, Any], resume: Op
     # Asked to go on where nothing whole was left: what the first save left half-written is in nobody's way.
     own = _again(training_args) or resume is not None and output.resolve() in Path(resume).resolve().parents
     if resume is None and not own and not script_args.overwrite and holds_something(output):
-        if get_last_checkpoint(output):
+        if checkpoints(output):
             raise MamaError(
                 f"`output_dir` is {output}, which holds an earlier run: go on with --resume_from_checkpoint true, "
                 "start anew with --overwrite true, or choose another."
@@ -179,29 +168,58 @@ def model_options(training_args, model_args) -> dict:
     return options
 
 
-def train(trainer, resume, dataset_name: Optional[str]) -> None:
-    """Trains, saves model, tokenizer and masks into `output_dir`, and pushes them if asked to."""
+class StartsAnew(TrainerCallback):
+    """Deletes the checkpoints of the run that is overwritten, when everything else about the new one is in order."""
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        ranks.decided(lambda: remove_ours(args.output_dir))
+
+
+def train(trainer, resume, dataset_name: Optional[str], overwrite: bool = False) -> None:
+    """Trains, saves model, tokenizer and masks into `output_dir`, and pushes them if asked to.
+
+    Args:
+        resume: the checkpoint to go on from, or None.
+        overwrite: whether a run that starts anew deletes the checkpoints of an earlier one.
+
+    Raises:
+        MamaError: weights are NaN, and then nothing is saved; or, with the model saved, it is not as sparse as asked.
+    """
     connect(trainer)
+    if resume is None and overwrite:
+        trainer.add_callback(StartsAnew())
     trainer.train(resume_from_checkpoint=resume)
     args = trainer.args
     _save(trainer, Path(args.output_dir))
-    if args.push_to_hub:
-        trainer.push_to_hub(dataset_name=dataset_name)
     if trainer.is_world_process_zero():
         print(f"model saved in {args.output_dir}", file=sys.stderr)
+    ours = next(each for each in trainer.callback_handler.callbacks if isinstance(each, MamaCallback))
+    if args.push_to_hub and ours.missed is None:
+        trainer.push_to_hub(dataset_name=dataset_name)
     trainer.end()
+    if ours.missed is not None:
+        raise MamaError(ours.missed)
 
 
 def _save(trainer, folder: Path) -> None:
-    """Writes model and tokenizer into `folder`, where they appear when they are whole. Collective."""
+    """Writes model, tokenizer and masks into `folder`, where they appear when they are whole. Collective."""
     temporary = folder / WRITING
     if trainer.args.should_save:
         shutil.rmtree(temporary, ignore_errors=True)  # what a killed run has left
     trainer.accelerator.wait_for_everyone()
+
+    def before(folder: Path) -> None:
+        remove_weights(folder)
+        new = [path.name for path in files_of(temporary / FOLDER, MASKS)]
+        for path in files_of(folder / FOLDER, MASKS) if new else ():
+            if path.name not in new:  # a part of them, as each rank has written its own
+                path.unlink()
+
     try:
         trainer.save_model(str(temporary), _internal_call=True)
         trainer.accelerator.wait_for_everyone()
         if trainer.args.should_save:
-            move_into(temporary, folder, remove_weights)
+            move_into(temporary, folder, before)
     finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        if trainer.args.should_save:  # the others must not delete what this one moves
+            shutil.rmtree(temporary, ignore_errors=True)

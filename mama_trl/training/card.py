@@ -19,6 +19,8 @@ def card_text(facts: dict) -> str:
         f"{facts['redistribution']}). The tensors are ordinary and dense; the masks lie in `mama/`.",
         "",
     ]
+    if facts.get("missed"):
+        lines += [f"**Not as sparse as asked for:** {facts['missed']}", ""]
     if facts["numbers"]:
         lines += [f"Measured by the Trainer's own evaluation, {facts['protocol']}:", ""]
         lines += ["| measure | value |", "|---|---|"]
@@ -52,10 +54,12 @@ class CardFacts:
         self._protocol = f"evaluated at step {state.global_step}" + (f", sequences of {length}" if length else "")
         self._numbers = {key: value for key, value in (metrics or {}).items() if isinstance(value, (int, float))}
 
-    def of(self, config: MamaConfig, sparsity: float, stage: str) -> dict:
-        """Sparsity, pattern, how it was pruned, and the last evaluation's numbers."""
+    def of(self, config: MamaConfig, sparsity: float, stage: str, missed: str | None = None) -> dict:
+        """Sparsity (counted in the weights), pattern, how it was pruned, the last evaluation's numbers, and what is
+        `missed` of the sparsity."""
         return {
             "sparsity": sparsity,
+            "missed": missed,
             "pattern": config.pattern,
             "indicators": ", ".join(config.indicators),
             "budget": config.allocation,

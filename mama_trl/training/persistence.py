@@ -8,9 +8,9 @@ from typing import Optional
 from torch import nn
 from transformers.trainer import TRAINER_STATE_NAME
 
+from ..engines import ranks
 from ..errors import MamaError
-from ..masks.files import FOLDER, STATE_FILE
-from .checkpoints import cut_off, is_whole
+from ..masks.files import FOLDER
 
 logger = logging.getLogger(__name__)
 
@@ -26,35 +26,29 @@ def check_limit(args) -> None:
 
 
 def resumed_from(args, state) -> Path:
-    """The folder of the checkpoint that the Trainer has resumed from.
+    """The folder of the checkpoint that the Trainer has resumed from. Collective.
 
-    The Trainer does not say which: it is the one that the arguments name, or else the one in the output folder whose
-    Trainer state equals the loaded one. Raises `MamaError` if that is another run's.
+    The Trainer does not say which: it is the one that the arguments name, or else the one in the output folder, whose
+    Trainer state equals the loaded one. Raises `MamaError` if neither is.
     """
+    return Path(ranks.decided(lambda: _resumed_from(args, state)))
+
+
+def _resumed_from(args, state) -> str:
     given = args.resume_from_checkpoint
-    if isinstance(given, str) and Path(given).is_dir():
-        return Path(given)
-    folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
-    try:
-        history = json.loads((folder / TRAINER_STATE_NAME).read_text(encoding="utf-8"))["log_history"]
-    except (OSError, ValueError, KeyError):
-        history = None
-    if json.dumps(history) != json.dumps(state.log_history):
-        raise MamaError(
-            f"the checkpoint that is resumed at step {state.global_step} is not {folder}, so its masks and statistics "
-            "cannot be found: set `resume_from_checkpoint` in the training arguments to its folder too."
-        )
-    return folder
-
-
-def require_whole(folder: Path, output_dir: str | Path) -> None:
-    """Raises `MamaError` if the save of checkpoint `folder` did not come to its end."""
-    if not is_whole(folder):
-        raise MamaError(
-            cut_off(output_dir)
-            or f"{folder} has no {FOLDER}/{STATE_FILE}, so masks and statistics cannot be resumed: start from a "
-            "checkpoint written with MamaCallback."
-        )
+    ours = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+    for folder in [Path(given), ours] if isinstance(given, str) else [ours]:
+        try:
+            loaded = json.loads((folder / TRAINER_STATE_NAME).read_text(encoding="utf-8"))
+            history = json.dumps(loaded["log_history"])
+        except (OSError, ValueError, KeyError):
+            continue
+        if loaded.get("global_step") == state.global_step and history == json.dumps(state.log_history):
+            return str(folder)
+    raise MamaError(
+        f"the checkpoint that is resumed at step {state.global_step} is not {ours}, so its masks and statistics cannot "
+        "be found: set `resume_from_checkpoint` in the training arguments to its folder too."
+    )
 
 
 def beside(model: nn.Module) -> Optional[Path]:

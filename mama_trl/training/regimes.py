@@ -1,11 +1,14 @@
 """How a run becomes sparse: what is done around each optimizer step, and when masks change.
 
 `HardMasks` computes masks on a schedule and keeps pruned connections at exactly zero. Another regime is a class with
-the same five methods, given to `MamaCallback(config, regime=...)`: see docs/extend.md.
+the same methods, given to `MamaCallback(config, regime=...)`: see docs/extend.md.
 """
 
 from typing import Optional
 
+from torch import nn
+
+from ..config import MamaConfig
 from ..errors import MamaError
 from ..indicators.history import histogram
 from ..model.sequences import Sequences, own_share
@@ -35,6 +38,15 @@ class Regime:
         """The last step after which a mask changes; 0 if none does."""
         return 0
 
+    @property
+    def target(self) -> float:
+        """The sparsity that the run is to end with; 0.0 if it is free."""
+        return 0.0
+
+    def pending(self, step: int) -> bool:
+        """Whether masks are still to change after `step`."""
+        return step < self.last
+
     def before_step(self) -> None:
         """The gradients of a step are complete, and the weights have not moved."""
 
@@ -52,8 +64,11 @@ class Regime:
 class HardMasks(Regime):
     """Masks on a schedule (one early mask, a ramp, or those that there are), and exact zeros after every step.
 
+    A mask update whose step was passed over, since the run was resumed with another accumulation or length, is made at
+    the next step.
+
     Raises:
-        MamaError: `mask_schedule` is hold and there are no masks.
+        MamaError: `mask_schedule` is hold, and there are no masks, or sparser ones are asked for.
     """
 
     def __init__(
@@ -68,10 +83,22 @@ class HardMasks(Regime):
         )
         if self.schedule.last:
             check_redistribution(config, run.targets)
-        if run.masks is None and config.mask_schedule == "hold" and config.sparsity > 0:
+        self._held = run.mask_sparsity
+        if config.mask_schedule == "hold" and config.sparsity > 0:
+            self._check_held()
+
+    def _check_held(self) -> None:
+        run, asked = self.run, self.run.config.sparsity
+        if run.masks is None:
             raise MamaError(
-                f"`mask_schedule` is 'hold', but no masks lie beside the model {run.model.name_or_path!r}: prune it "
-                "first, set `mask_schedule` to oneshot or cubic, or `sparsity` to 0 to train without masks."
+                f"`mask_schedule` is 'hold', but no masks lie beside the model {_name(run.model)!r}, and "
+                f"{run.sparsity:.2%} of its weights are zero: prune it first, set `mask_schedule` to oneshot or cubic, "
+                "or `sparsity` to 0 to train without masks."
+            )
+        if asked != MamaConfig.sparsity and asked > self._held + max(0.01, run.rounding):
+            raise MamaError(
+                f"`sparsity` is {asked}, but `mask_schedule` is 'hold' and the masks there are prune {self._held:.4f}: "
+                "leave `sparsity` out to hold them, or set `mask_schedule` to oneshot or cubic."
             )
 
     @property
@@ -86,24 +113,45 @@ class HardMasks(Regime):
         else:
             self.run.masks.apply(buckets=buckets)
 
+    @property
+    def target(self) -> float:
+        return max(self.schedule.target, self._held) if self.schedule.last else self._held
+
     def end_step(self, step: int, optimizer) -> bool:
         run = self.run
         if self._unchecked and step <= self.schedule.last:
             self._unchecked = False
             check_moments(Update(run.model, run.targets, run.shards, run.config, run.trajectory, optimizer))
-        if not self.schedule.updates(step):
+        if not self._missing(self.schedule.last_until(step)):
             return False
         sparsity = self.schedule.sparsity(step)
-        if sparsity >= run.sparsity:  # masks inherited from an earlier stage may be sparser than the ramp is now
+        if sparsity >= run.mask_sparsity:  # masks inherited from an earlier stage may be sparser than the ramp is now
             update = Update(
                 run.model, run.targets, run.shards, run.config, run.trajectory, optimizer, self._own_calibration()
             )
             run.masks = update_masks(update, sparsity)
             if run.trajectory.recorded("reward"):
                 run.attribution = histogram(run.trajectory, "reward", run.masks)
+        run.mask_step = step
         return True
+
+    def pending(self, step: int) -> bool:
+        return self._missing(self.schedule.last)
+
+    def _missing(self, step: int) -> bool:
+        """Whether the update that the schedule has at `step` is still to be made; the one mask is made once."""
+        done = self.run.mask_step
+        return done < step and not (done and self.schedule.kind == "oneshot")
+
+    def finish(self) -> None:
+        if self.run.masks is not None:
+            self.run.masks.enforce()  # whatever the Trainer has loaded as the best model
 
     def _own_calibration(self) -> Optional[Sequences]:
         """This rank's calibration sequences; None where some rank has none."""
         device = next(iter(self.run.shards.values())).parameter.device
         return own_share(self.calibration, self.run.inputs.sequences(), device)
+
+
+def _name(model: nn.Module) -> str:
+    return getattr(model, "name_or_path", "")

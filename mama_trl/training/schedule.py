@@ -48,6 +48,14 @@ class Schedule:
             return False
         return step == self.end or (step - self.start) % self.interval == 0
 
+    def last_until(self, step: int) -> int:
+        """The last step up to `step` after which a mask is computed; 0 if there is none."""
+        if self.last == 0 or step < self.start:
+            return 0
+        if self.kind == "oneshot" or step >= self.end:
+            return self.last
+        return step - (step - self.start) % self.interval
+
     @property
     def last(self) -> int:
         """The last step after which a mask is computed; 0 if there is none."""

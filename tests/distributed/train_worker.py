@@ -39,6 +39,16 @@ WAYS = {
 }
 
 
+class Mend(TrainerCallback):
+    """Takes NaN out of the gradients when they have been recorded, so that the weights stay numbers: a run whose
+    weights are none stops."""
+
+    def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
+        for parameter in model.parameters():
+            if parameter.grad is not None:
+                parameter.grad = torch.nan_to_num(parameter.grad)
+
+
 class Watch(TrainerCallback):
     """Counts violations after every step, writes down the first steps' statistics, can end one rank's process."""
 
@@ -98,7 +108,8 @@ def main(options: dict) -> None:
     model = tiny(options.get("architecture", "llama"))
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(not any(part in name for part in options.get("frozen", [])))
-    trainer = Trainer(model, args=args, train_dataset=data, callbacks=[mama, watch])
+    mend = [Mend()] if (options.get("poison") or {}).get("kind") == "gradient" and ENGINE in ("ddp", "fsdp2") else []
+    trainer = Trainer(model, args=args, train_dataset=data, callbacks=[mama, watch, *mend])
     if options.get("poison"):
         poison(trainer, mama, options["poison"])
     trainer.train(resume_from_checkpoint=options.get("resume"))

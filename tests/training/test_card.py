@@ -36,7 +36,7 @@ def test_a_push_carries_masks_card_and_weights(make_model, tokenizer, rows, tmp_
     )
     trainer.hub_model_id = "someone/pruned"
     connect(trainer)
-    assert isinstance(trainer.callback_handler.callbacks[0], MamaCallback)
+    assert isinstance(trainer.callback_handler.callbacks[1], MamaCallback)  # behind the Trainer's own
     trainer.train()
     trainer.evaluate()
     trainer.push_to_hub()
