@@ -67,8 +67,8 @@ def main(argv: list[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
     except Exception as error:
+        from .disk.machine import refusal_of
         from .errors import one_line
-        from .machine import refusal_of
 
         sentence = refusal_of(error)
         if sentence is None:

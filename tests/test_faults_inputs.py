@@ -121,7 +121,7 @@ def test_the_recipes_words_in_its_folder_are_those_of_run_json(recipe, tmp_path,
     path = tmp_path / "recipe.yaml"
     path.write_text(yaml.safe_dump(recipe))
     from mama_trl.demo.claim import claim
-    from mama_trl.lock import locked
+    from mama_trl.disk.lock import locked
 
     config = RunConfig.read(path)
     with locked(config.output_dir):

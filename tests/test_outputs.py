@@ -17,16 +17,16 @@ from mama_trl.demo import pipeline
 from mama_trl.demo.claim import claim
 from mama_trl.demo.names import PICTURES, RUN_NAMES
 from mama_trl.demo.recipe import RunConfig
+from mama_trl.disk.folders import LOCK, check_links, check_output_dir, check_output_file
+from mama_trl.disk.lock import locked
+from mama_trl.disk.machine import refusal_of
+from mama_trl.disk.paths import check_paths
+from mama_trl.disk.removal import MODEL_NAMES, remove_model_files, remove_written
+from mama_trl.disk.writing import write_folder, write_json, write_text
 from mama_trl.errors import MamaError
 from mama_trl.evaluation import loading
-from mama_trl.folders import LOCK, check_links, check_output_dir, check_output_file
-from mama_trl.lock import locked
-from mama_trl.machine import refusal_of
-from mama_trl.paths import check_paths
-from mama_trl.removal import MODEL_NAMES, remove_model_files, remove_written
 from mama_trl.report.plots import PLOTS
 from mama_trl.scripts import training
-from mama_trl.writing import write_folder, write_json, write_text
 
 from .faults import ROOT, Reached, command_line, furnish, refusal, refused, tree, unchanged
 
@@ -336,7 +336,7 @@ def test_a_second_run_is_refused_and_the_folder_is_left_as_it_was(place, halted,
 def test_a_lock_ends_with_its_process(tmp_path):
     out = tmp_path / "out"
     code = (
-        "import os, sys, time\nfrom mama_trl.lock import locked\n"
+        "import os, sys, time\nfrom mama_trl.disk.lock import locked\n"
         "with locked(sys.argv[1]):\n    if not os.fork():\n        print(os.getpid(), flush=True)\n"
         "    time.sleep(60)\n"
     )

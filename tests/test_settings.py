@@ -12,11 +12,11 @@ import pytest
 import mama_trl
 from mama_trl import MamaConfig, MamaDistillationConfig, MamaGRPOConfig
 from mama_trl.config import PruningOptions
+from mama_trl.disk.yaml_files import read_settings
 from mama_trl.errors import LIMIT, MamaError, one_line, shown
 from mama_trl.fields import Range, check_mapping, check_value
 from mama_trl.scripts import grpo, sft, training_parser
 from mama_trl.training.schedule import Schedule
-from mama_trl.yaml_files import read_settings
 
 from .faults import refusal, refused
 
@@ -104,8 +104,9 @@ OURS = {
     "sparsity": ["0.5", None, True, [0.5], math.nan, -0.1, 1.0], "pattern": [124, None, "4:2", "2:4:8", ["2:4"]],
     "scope": [None, "rows", 1, ["row"]], "indicators": [None, [], [1], "x", ["activation="], ["reward=nan"], {"a": 1}],
     "budget": [1, "fair", ["uniform"]], "budget_blend": [True, "0.3", -0.1, 1.1, math.nan, math.inf],
-    "redistribution": [None, False, "least"], "target_modules": ["", ["("], 5, [None], {"mlp": 1}],
-    "exclude_modules": ["[", [""], True], "mask_schedule": [None, "linear", 1],
+    "redistribution": [None, False, "least"], "refine": [None, "sometimes", 2],
+    "target_modules": ["", ["("], 5, [None], {"mlp": 1}], "exclude_modules": ["[", [""], True],
+    "mask_schedule": [None, "linear", 1],
     "mask_start": [math.nan, math.inf, -1, "0.1", True, 1.5], "mask_end": [math.nan, -math.inf, [1], 2.5],
     "mask_interval": [0, -1, 2.5, True, "3"], "calibration_tokens": [0, -5, 1.5, "many", 2**80],
     "statistics": [5, ["speed"], [None], "everything"], "inherit_masks": ["false", 0, 1, None, "no"],

@@ -2,6 +2,8 @@
 
 from contextlib import ExitStack
 
+from ..disk.folders import check_output_dir
+from ..disk.lock import locked
 from ..errors import MamaError, shown
 from ..evaluation.loading import (
     check_ids,
@@ -13,8 +15,6 @@ from ..evaluation.loading import (
 )
 from ..evaluation.perplexity import perplexity
 from ..evaluation.text import blocks, calibration_rows, heldout_text
-from ..folders import check_output_dir
-from ..lock import locked
 from .trial import dense_state
 
 

@@ -9,9 +9,9 @@ import matplotlib.pyplot as plt
 from rich.console import Console
 from rich.table import Table
 
+from ..disk.writing import write_bytes, write_json, write_text
 from ..report.plots import COLOURS, METHOD_COLOURS, STYLE, number, png
 from ..solvers.methods import METHODS
-from ..writing import write_bytes, write_json, write_text
 
 LABELS = {name: method.label for name, method in METHODS.items()}
 WIDTH = 100  # columns of a terminal that every table fits into

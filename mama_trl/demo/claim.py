@@ -5,11 +5,11 @@ import logging
 from pathlib import Path
 from typing import Any, Optional
 
+from ..disk.folders import LOCK, OUR_FOLDERS, check_links, check_output_dir, holds_something
+from ..disk.paths import check_not_written
+from ..disk.removal import remove_written
+from ..disk.writing import write_json
 from ..errors import MamaError, first_line
-from ..folders import LOCK, OUR_FOLDERS, check_links, check_output_dir, holds_something
-from ..paths import check_not_written
-from ..removal import remove_written
-from ..writing import write_json
 from .names import RUN_FILE, RUN_NAMES
 from .recipe import FORMAT, RunConfig
 

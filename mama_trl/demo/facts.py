@@ -7,14 +7,14 @@ from pathlib import Path
 
 import torch
 
+from ..disk.writing import write_json
 from ..evaluation.size import model_bytes
 from ..evaluation.tasks import generate
 from ..indicators.history import read_history, take_sample
 from ..masks.files import FOLDER, STATE_FILE
 from ..masks.maskset import MaskSet
-from ..report.html import write_report
 from ..solvers.methods import METHODS
-from ..writing import write_json
+from .page import write_report
 from .recipe import BASELINES, STAGES
 from .run import Run
 

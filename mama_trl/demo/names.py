@@ -1,7 +1,7 @@
 """The names that a run writes into its folder: what it may delete again."""
 
-from ..folders import LOCK
-from ..removal import MODEL_NAMES, Names
+from ..disk.folders import LOCK
+from ..disk.removal import MODEL_NAMES, Names
 from .recipe import BASELINES
 
 RUN_FILE, STAGE_FILE = "run.json", "stage.json"

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from transformers.utils.logging import disable_progress_bar
 
-from ..lock import locked
+from ..disk.lock import locked
 from .claim import check_folder, claim
 from .facts import report_of
 from .recipe import STAGES, RunConfig

@@ -5,10 +5,10 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, Optional
 
 from ..config import check_sparsity
+from ..disk.paths import is_file
+from ..disk.yaml_files import read_settings
 from ..errors import MamaError, shown
 from ..fields import Count, Range, Seed, Share, check_mapping
-from ..paths import is_file
-from ..yaml_files import read_settings
 
 BASELINES = ("magnitude", "wanda", "sparsegpt")
 STAGES = ("data", "pretrain", "sft", "grpo", "distill", "baselines", "report")

@@ -7,10 +7,10 @@ from typing import Callable, Optional
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
 
+from ..disk.removal import remove_written
 from ..evaluation.perplexity import perplexity
 from ..evaluation.tasks import task_accuracy
 from ..masks.tensors import read_tensors
-from ..removal import remove_written
 from . import arithmetic
 from .names import RUN_NAMES, STAGE_FILE
 from .recipe import STAGES, RunConfig

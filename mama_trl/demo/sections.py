@@ -7,10 +7,10 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM, PretrainedConfig
 from trl import SFTConfig
 
+from ..disk.machine import physical_memory
 from ..errors import MamaError, first_line
 from ..evaluation.weights import check_memory
 from ..fields import check_mapping
-from ..machine import physical_memory
 from ..training.distillation.config import MamaDistillationConfig
 from ..training.grpo.config import MamaGRPOConfig
 from ..training.settings import RANGES, check_buildable, check_schedule, check_values, refusals_of

@@ -6,7 +6,7 @@ import zlib
 from pathlib import Path
 from typing import Any, Optional
 
-from ..writing import write_json
+from ..disk.writing import write_json
 from .names import STAGE_FILE
 
 logger = logging.getLogger(__name__)

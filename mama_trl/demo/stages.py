@@ -6,13 +6,13 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, Pr
 from trl import SFTConfig, SFTTrainer
 
 from ..config import MamaConfig
+from ..disk.removal import MODEL_NAMES, remove_written
 from ..errors import MamaError
 from ..evaluation.size import sparsity_by_matrix
 from ..evaluation.text import blocks
 from ..export.packed import save_packed
 from ..masks.tensors import write_tensors
 from ..pruning.prune import prune
-from ..removal import MODEL_NAMES, remove_written
 from ..training.callback import MamaCallback
 from ..training.distillation.config import MamaDistillationConfig
 from ..training.distillation.trainer import MamaDistillationTrainer

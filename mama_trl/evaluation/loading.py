@@ -4,9 +4,9 @@ import json
 from pathlib import Path
 from typing import Any, Optional
 
+from ..disk.folders import WEIGHT_FILES
+from ..disk.paths import exists, is_dir, is_file
 from ..errors import MamaError, first_line, shown
-from ..folders import WEIGHT_FILES
-from ..paths import exists, is_dir, is_file
 
 TRUST = "trust_remote_code"
 

@@ -9,8 +9,8 @@ import os
 from pathlib import Path
 from typing import Any, Optional
 
+from ..disk.paths import exists, is_dir, is_file
 from ..errors import MamaError, first_line, shown
-from ..paths import exists, is_dir, is_file
 
 # Suffix of a file: the builder of `datasets` that reads it, and its options.
 FORMATS: dict[str, tuple[str, dict[str, Any]]] = {

@@ -12,9 +12,9 @@ from transformers import PretrainedConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.utils import logging as their_logging
 
+from ..disk.machine import physical_memory
 from ..engines.apart import undivided
 from ..errors import MamaError, first_line, shown
-from ..machine import physical_memory
 
 _MOST = 100_000  # layers, heads or experts: beyond it a model is not even sketched
 _PARTS = ("layers", "layer", "heads", "head", "experts")

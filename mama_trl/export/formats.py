@@ -9,8 +9,8 @@ from safetensors import SafetensorError
 from torch import nn
 
 from ..config import check_choice
+from ..disk.folders import check_output_dir
 from ..errors import MamaError
-from ..folders import check_output_dir
 from ..masks.maskset import MaskSet
 from .packed import save_packed
 

@@ -45,20 +45,12 @@ def write_ranges(
 ) -> Path:
     """Writes this rank's 1-D `tensors`, whose (start, length) in the whole are `ranges`, into `folder/mama/`.
 
-    Files of the same stem that another number of ranks wrote are stale afterwards: see `forget_others`.
+    Files of the same stem that another number of ranks wrote are stale afterwards: whoever saves removes them first.
     """
     path = Path(folder) / FOLDER / file_name(stem, group)
     # Empty tensors carry nothing but a name, which `ranges` has too.
     full = {name: tensor for name, tensor in tensors.items() if tensor.numel()}
     return write_tensors(path, full, {**header, "ranges": ranges})
-
-
-def forget_others(folder: str | Path, stem: str, group: ranks.Group) -> None:
-    """Deletes files of `stem` that another number of ranks has written. One rank calls it, before the others write."""
-    keep = f"of-{ranks.size(group):05d}.safetensors" if group is not None else f"{stem}.safetensors"
-    for path in files_of(Path(folder) / FOLDER, stem):
-        if not path.name.endswith(keep):
-            path.unlink(missing_ok=True)
 
 
 def _ranges(file: TensorFile) -> dict[str, tuple[int, int]]:

@@ -11,8 +11,8 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from ..disk.writing import write_atomically
 from ..errors import MamaError, first_line, warn_once
-from ..writing import write_atomically
 
 logger = logging.getLogger(__name__)
 # Of the tensors, 8 hexadecimal digits each in the order of their names, and of all other entries of the header.

@@ -10,14 +10,14 @@ import torch
 from torch import Tensor, nn
 
 from ..calibration.progress import Progress
+from ..disk.folders import LOCK
+from ..disk.paths import is_dir, is_file
+from ..disk.removal import remove_written
+from ..disk.writing import WRITING, write_json
 from ..errors import MamaError, shown
-from ..folders import LOCK
 from ..masks.bits import bytes_for, pack_bits, unpack_bits
 from ..masks.tensors import TensorFile, write_tensors
 from ..model.targets import Target
-from ..paths import is_dir, is_file
-from ..removal import remove_written
-from ..writing import WRITING, write_json
 
 logger = logging.getLogger(__name__)
 FOLDER = ".progress"  # inside the output folder, removed at the end

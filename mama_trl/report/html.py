@@ -1,12 +1,10 @@
 """One HTML file that opens offline, with the pictures inside."""
 
 import base64
-from pathlib import Path
 
 from jinja2 import Environment, PackageLoader
 
 from ..errors import MamaError, first_line
-from ..writing import write_bytes, write_text
 from .check import check_report
 from .plots import draw_all, number
 from .summary import rows
@@ -33,23 +31,21 @@ def headline(report: dict) -> str:
     return f"{text}: {verdict}."
 
 
-def write_report(report: dict, folder: str | Path) -> Path:
-    """Writes the PNG plots and `report.html` into `folder`; returns the path of the latter.
+def rendered(report: dict, where: str) -> tuple[str, dict[str, bytes]]:
+    """(the page, PNG by file name) of a report; nothing is written here.
+
+    Args:
+        where: its file, for what is said of a damaged one.
 
     Raises:
-        MamaError: the report is damaged; nothing is written then.
+        MamaError: the report is damaged.
     """
-    folder = Path(folder)
-    check_report(report, str(folder / "report.json"))
+    check_report(report, where)
     try:
         drawn = draw_all(report)
-        page = page_of(report, drawn)
+        return page_of(report, drawn), {name: data for name, (data, _) in drawn.items()}
     except Exception as error:  # what no check of types foresees, such as a title that is no text for a plot
-        raise MamaError(f"{folder / 'report.json'} is damaged ({first_line(error)}): run `mama run` again.") from error
-    for name, (data, _) in drawn.items():
-        write_bytes(folder / name, data)
-    write_text(folder / "report.html", page)
-    return folder / "report.html"
+        raise MamaError(f"{where} is damaged ({first_line(error)}): run `mama run` again.") from error
 
 
 def page_of(report: dict, drawn: dict[str, tuple[bytes, str]]) -> str:

@@ -2,8 +2,8 @@
 
 from pathlib import Path
 
-from ..folders import check_output_file
-from ..writing import write_json
+from ..disk.folders import check_output_file
+from ..disk.writing import write_json
 from .parser import CommandParser, positive
 
 DESCRIPTION = """Measure a saved model on a text.

@@ -4,11 +4,11 @@ import subprocess
 from importlib.resources import files
 from pathlib import Path
 
+from ..disk.paths import is_file
+from ..disk.yaml_files import read_settings
 from ..errors import MamaError, shown
 from ..fields import nearest
-from ..paths import is_file
 from ..training.settings import refusals_of
-from ..yaml_files import read_settings
 from .parser import actions_of
 
 ACCELERATE_CONFIGS = ("single", "ddp", "zero1", "zero2", "zero3", "zero3-offload", "fsdp2", "two-node")

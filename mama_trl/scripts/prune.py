@@ -4,11 +4,11 @@ import argparse
 from contextlib import contextmanager
 
 from ..config import check_choice, check_sparsity
+from ..disk.folders import check_output_dir
+from ..disk.lock import locked
+from ..disk.removal import MODEL_FILES, remove_model_files
+from ..disk.writing import write_folder
 from ..errors import MamaError
-from ..folders import check_output_dir
-from ..lock import locked
-from ..removal import MODEL_FILES, remove_model_files
-from ..writing import write_folder
 from .parser import CommandParser, options_of
 
 DESCRIPTION = """Prune a saved model without training it, block by block.

@@ -3,9 +3,9 @@
 import json
 from pathlib import Path
 
+from ..disk.folders import check_output_dir
+from ..disk.paths import is_file
 from ..errors import MamaError, first_line
-from ..folders import check_output_dir
-from ..paths import is_file
 from ..report.check import check_report
 from .parser import CommandParser
 
@@ -30,7 +30,7 @@ def main(args) -> None:
         raise MamaError(f"{path} is no valid JSON ({first_line(error)}): run again.") from None
     check_output_dir(path.parent, overwrite=True)
     check_report(numbers, str(path))
-    from ..report.html import write_report
+    from ..demo.page import write_report
     from ..report.summary import print_summary
 
     page = write_report(numbers, path.parent)

@@ -12,20 +12,20 @@ from typing import Any, Iterator, Optional
 from transformers import TrainerCallback
 
 from ..config import MamaConfig
+from ..disk.folders import check_output_dir, holds_something
+from ..disk.lock import locked
+from ..disk.paths import check_not_written
+from ..disk.removal import MODEL_FILES, remove_weights
+from ..disk.writing import WRITING, move_into
 from ..engines import ranks
 from ..errors import MamaError, first_line, one_line
 from ..evaluation.loading import check_model_source, check_tokenizer, load_tokenizer
-from ..folders import check_output_dir, holds_something
-from ..lock import locked
 from ..masks.files import FOLDER, STATE_FILE, files_of
 from ..masks.maskset import STEM as MASKS
-from ..paths import check_not_written
-from ..removal import MODEL_FILES, remove_weights
 from ..training.callback import MamaCallback
 from ..training.checkpoints import checkpoints, choose, remove_ours
 from ..training.integrations import connect
 from ..training.settings import check_buildable, check_schedule
-from ..writing import WRITING, move_into
 from .fits import check_fits_source
 from .inputs import inputs_of
 

@@ -10,11 +10,11 @@ from transformers.utils import is_torch_bf16_gpu_available
 from trl import ScriptArguments, TrlParser
 
 from ..config import MamaConfig
+from ..disk.paths import check_paths
+from ..disk.yaml_files import read_settings
 from ..errors import MamaError, shown
 from ..fields import check_mapping, nearest
-from ..paths import check_paths
 from ..training.settings import RANGES, check_values, refusals_of
-from ..yaml_files import read_settings
 from .launch import ACCELERATE_CONFIGS, accelerate_file, hand_over, without
 from .parser import actions_of
 

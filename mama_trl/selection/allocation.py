@@ -93,23 +93,15 @@ _PER_OCTAVE = 32
 _CHUNK = 1 << 20  # connections handled at once: bounds the extra memory
 
 
-def loss_histogram(squares: Tensor, outputs: Tensor, inputs: Tensor) -> Tensor:
+def matrix_histogram(weight: Tensor, output_gradient: Tensor, input_worth: Tensor) -> Tensor:
     """How many connections of a matrix have which predicted loss w² g² d, int64 (bins,): enough to share sparsity by,
     and small enough to add up over ranks and to hold for every matrix.
 
     Args:
-        squares: w² of some connections, 1-D.
-        outputs, inputs: what their outputs' gradients (g²) and their inputs (d) contribute, of the same shape.
+        weight: w, (out, in).
+        output_gradient: g², the mean square of the loss's gradient at each output, (out,).
+        input_worth: d, what no other input can stand in for, (in,).
     """
-    counts = torch.zeros(BINS, dtype=torch.int64, device=squares.device)
-    for square, row, column in zip(squares.split(_CHUNK), outputs.split(_CHUNK), inputs.split(_CHUNK)):
-        loss = (square.float() * row * column).clamp_(0, torch.finfo(torch.float32).max)
-        counts += torch.bincount(loss.view(torch.int32) >> 18, minlength=BINS)
-    return counts
-
-
-def matrix_histogram(weight: Tensor, output_gradient: Tensor, input_worth: Tensor) -> Tensor:
-    """`loss_histogram` of a whole matrix (out, in) with g² (out,) and d (in,)."""
     rows = max(_CHUNK // weight.shape[1], 1)
     counts = torch.zeros(BINS, dtype=torch.int64, device=weight.device)
     for part, gradient in zip(weight.split(rows), output_gradient.split(rows)):
@@ -139,7 +131,7 @@ def shares_by_loss(
     `shrink` of the distance of their logarithmic means, and `blend` of what comes out is mixed with uniform.
 
     Args:
-        histograms: int64 (matrices, bins), from `loss_histogram`; a row of zeros = nothing is known, uniform.
+        histograms: int64 (matrices, bins), from `matrix_histogram`; a row of zeros = nothing is known, uniform.
         sizes: connections of each matrix.
         blend, shrink: default `trust(sparsity)`.
     """

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from ..config import MamaConfig
-from ..writing import write_text
+from ..disk.writing import write_text
 
 HEADING = "## Pruning"
 

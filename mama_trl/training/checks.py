@@ -7,6 +7,7 @@ from torch import nn
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 
 from ..config import MamaConfig
+from ..disk.paths import is_dir
 from ..engines.detect import refuse_quantized, unwrap
 from ..errors import MamaError, first_line
 from ..evaluation.loading import check_model_source, load_config
@@ -14,7 +15,6 @@ from ..model.language import check_readable
 from ..model.runner import check_walkable
 from ..model.sequences import Sequences
 from ..model.targets import find_targets
-from ..paths import is_dir
 from ..pruning.prune import check_redistribution
 from .persistence import check_limit
 

@@ -7,9 +7,9 @@ from dataclasses import Field, fields
 from typing import Any, Iterator, Mapping, Optional, get_args, get_origin
 
 from ..config import MamaConfig
+from ..disk.paths import is_file
 from ..errors import MamaError, first_line, shown
 from ..fields import LARGEST, Choices, Range, check_fields, hints_of
-from ..paths import is_file
 from .schedule import Schedule
 
 _COUNT = Range(1, LARGEST)

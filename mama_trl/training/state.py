@@ -6,6 +6,7 @@ from typing import Any, Optional
 from torch import Tensor, nn
 
 from ..config import MamaConfig
+from ..disk.writing import write_text
 from ..engines import ranks
 from ..engines.counts import first_not_finite, zeros_of
 from ..engines.detect import engine_of, shard_of, shards_of, unwrap
@@ -20,7 +21,6 @@ from ..masks.maskset import STEM as MASKS
 from ..masks.maskset import MaskSet
 from ..model.fits import check_fits
 from ..model.targets import Target, find_targets
-from ..writing import write_text
 from .checkpoints import require_whole
 from .identity import difference
 from .inheritance import held, inherited, warn_of_free_zeros

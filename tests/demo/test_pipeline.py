@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from mama_trl import MamaError, MaskSet
 from mama_trl.demo import arithmetic, pipeline
 from mama_trl.demo.names import RUN_NAMES
-from mama_trl.removal import remove_written
+from mama_trl.disk.removal import remove_written
 
 ROOT = Path(__file__).resolve().parents[2]
 

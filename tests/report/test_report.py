@@ -6,7 +6,8 @@ import re
 
 import pytest
 
-from mama_trl.report.html import headline, write_report
+from mama_trl.demo.page import write_report
+from mama_trl.report.html import headline
 from mama_trl.report.plots import PLOTS, number
 from mama_trl.report.summary import rows, summary_table
 

@@ -58,8 +58,8 @@ def test_ablation_changes_one_part_at_a_time(folder, tmp_path, capsys):
     assert parts["one of all taken away"] == {"all", *(f"without {name}" for name in indicators)}
     assert parts["redistribution"] == {"none", "mean", "least_squares"}  # this Llama has no biases
     assert parts["fixed against reward"] == {"weights and biases", "reward"}
-    assert parts["budget"] == {"gradients", "uniform", "reward", "weights and biases"}
-    assert found["steps", "mama"] == found["redistribution", "least_squares"] == found["budget", "gradients"]
+    assert parts["budget"] == {"predicted", "uniform", "reward", "weights and biases"}
+    assert found["steps", "mama"] == found["redistribution", "least_squares"] == found["budget", "predicted"]
     assert len(set(found.values())) > 10
     assert max(map(len, capsys.readouterr().out.splitlines())) <= 100 + len(str(tmp_path))
     leave_statistics(slice(1))

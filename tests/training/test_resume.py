@@ -82,7 +82,8 @@ from pathlib import Path
 import torch
 from transformers import TrainerCallback
 sys.path.insert(0, {root!r})
-from mama_trl import MamaConfig, writing
+from mama_trl import MamaConfig
+from mama_trl.disk import writing
 from tests.conftest import tiny
 from tests.helpers import train
 
@@ -98,7 +99,7 @@ def dying(path, work):
             os.kill(os.getpid(), 9)
     write(path, work)
 
-for name in ("masks.tensors", "writing"):
+for name in ("masks.tensors", "disk.writing"):
     setattr(sys.modules["mama_trl." + name], "write_atomically", dying)
 rows = torch.randint(2, 384, (64, 24), generator=torch.Generator().manual_seed(0))
 train(tiny("llama"), rows, {folder!r}, MamaConfig(sparsity=0.8, mask_start=5), save_strategy="steps", save_steps=2,

@@ -8,7 +8,7 @@ from typing import Any, Callable
 
 from safetensors import SafetensorError
 
-from .errors import MamaError, first_line
+from ..errors import MamaError, first_line
 
 WRITING = ".writing.tmp"  # a folder whose files go to their places when all are whole
 

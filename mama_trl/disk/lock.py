@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Iterator
 
-from .errors import MamaError, first_line
+from ..errors import MamaError, first_line
 from .folders import LOCK
 
 logger = logging.getLogger(__name__)

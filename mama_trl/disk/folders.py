@@ -5,7 +5,7 @@ import os
 from pathlib import Path
 from typing import Any, Iterable, Mapping, Optional
 
-from .errors import MamaError, first_line
+from ..errors import MamaError, first_line
 from .paths import check_paths, exists, is_dir, is_file
 from .writing import WRITING
 

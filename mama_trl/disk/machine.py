@@ -5,7 +5,7 @@ import os
 import re
 from typing import Iterator, Optional
 
-from .errors import first_line
+from ..errors import first_line
 
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 _FULL_TEXT = re.compile(  # safetensors (Rust) and torch have errors of their own

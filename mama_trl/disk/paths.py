@@ -5,7 +5,7 @@ import os
 from pathlib import Path
 from typing import Iterable, Mapping, Union
 
-from .errors import MamaError
+from ..errors import MamaError
 
 Name = Union[str, Path, None]
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import yaml
 
-from .errors import MamaError, first_line, one_line
+from ..errors import MamaError, first_line, one_line
 
 _MOST_VALUES = 100_000  # beyond it, references to references have grown without end
 _DEEPEST = 50
