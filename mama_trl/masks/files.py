@@ -20,7 +20,7 @@ FOLDER = "mama"  # beside the model's own files
 STATE_FILE = "state.json"  # in FOLDER, written last: where it is missing, the save was cut off
 STEMS = ("masks", "statistics", "inputs", "regime")  # of all files of tensors in FOLDER
 _KINDS = {"masks": "mask"}
-_HEADERS = {  # what a header must hold, by stem
+_HEADERS: dict[str, dict[str, type]] = {  # what a header must hold, by stem
     "masks": {"shapes": dict, "pattern": str, "kept": dict},
     "statistics": {"shapes": dict, "counts": dict, "skipped": int, "history": list},
 }
@@ -56,7 +56,8 @@ def write_ranges(
 def _ranges(file: TensorFile) -> dict[str, tuple[int, int]]:
     """(start, length) of each tensor of a file. Raises `MamaError` if its header has none that make sense."""
     ranges = file.header.get("ranges")
-    plain = isinstance(ranges, dict) and all(
+    ranges = ranges if isinstance(ranges, dict) else {"": None}
+    plain = all(
         isinstance(pair, list) and len(pair) == 2 and all(type(n) is int and n >= 0 for n in pair)
         for pair in ranges.values()
     )

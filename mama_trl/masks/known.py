@@ -8,6 +8,7 @@ weights, after a look whether the weights are numbers at all.
 import functools
 import logging
 from dataclasses import dataclass
+from os import PathLike
 from pathlib import Path
 from types import MethodType
 from typing import Any, Mapping, Optional
@@ -20,7 +21,7 @@ from transformers import PreTrainedModel
 from ..engines import ranks
 from ..engines.counts import some_not_finite
 from ..engines.detect import shards_of, unwrap
-from ..engines.shard import group_of
+from ..engines.shard import Shard, group_of
 from ..errors import MamaError
 from .bits import bytes_for, pack_bits, unpack_bits, unpack_flags
 from .files import FOLDER, STATE_FILE, STEMS, files_of
@@ -59,7 +60,7 @@ def remember(model: nn.Module, masks: Optional[MaskSet], folder: Optional[Path] 
     _KNOWN[model] = Known(masks, whole, folder)
     if isinstance(model, PreTrainedModel) and "save_pretrained" not in vars(model):
         # On this object alone. Copies and pickles get a method of their own, which finds nothing about them here.
-        model.save_pretrained = MethodType(_save_pretrained, model)
+        vars(model)["save_pretrained"] = MethodType(_save_pretrained, model)
 
 
 def taken_over(found: Known, model: nn.Module) -> Optional[MaskSet]:
@@ -80,7 +81,7 @@ def taken_over(found: Known, model: nn.Module) -> Optional[MaskSet]:
     return MaskSet.from_shards(bits, shards, old.pattern, old.zeros)
 
 
-def _owned_of_first(whole: Optional[MaskSet], shard) -> Tensor:
+def _owned_of_first(whole: Optional[MaskSet], shard: Shard) -> Tensor:
     """Packed flags of what this rank owns, of masks that the first rank holds."""
     size = bytes_for(shard.numel)
     device = shard.parameter.device
@@ -105,7 +106,7 @@ def _on_first_rank(masks: MaskSet) -> Optional[MaskSet]:
 
 
 @functools.wraps(PreTrainedModel.save_pretrained)
-def _save_pretrained(self, save_directory, *args, **kwargs):
+def _save_pretrained(self: PreTrainedModel, save_directory: str | PathLike, *args: Any, **kwargs: Any) -> Any:
     main = kwargs.get("is_main_process", args[0] if args else True)
     if main and self in _KNOWN and ranks.rank(ranks.everyone()) == 0:
         state = kwargs.get("state_dict", args[1] if len(args) > 1 else None)

@@ -265,7 +265,9 @@ class MaskSet:
 def _header(reader: RangeReader) -> tuple[dict[str, tuple], str, dict[str, int]]:
     """Shapes, pattern and kept counts of a mask file. Raises `MamaError` if they make no sense."""
     shapes, pattern, kept = (reader.header.get(name) for name in ("shapes", "pattern", "kept"))
-    plain = isinstance(shapes, dict) and isinstance(kept, dict) and shapes.keys() == kept.keys() and all(
+    if not isinstance(shapes, dict) or not isinstance(kept, dict):
+        raise reader.damaged("its header says nothing of shapes and counts")
+    plain = shapes.keys() == kept.keys() and all(
         isinstance(shape, list) and all(type(size) is int and size > 0 for size in shape) for shape in shapes.values()
     )
     if not plain or not isinstance(pattern, str) or not all(type(number) is int for number in kept.values()):
@@ -277,5 +279,6 @@ def _header(reader: RangeReader) -> tuple[dict[str, tuple], str, dict[str, int]]
 def _zeros(reader: RangeReader, shapes: dict[str, tuple]) -> Optional[dict[str, int]]:
     """Zeros of the weights beside which a mask file was written; None if it does not say."""
     zeros = reader.header.get("zeros")
-    plain = isinstance(zeros, dict) and zeros.keys() == shapes.keys()
-    return zeros if plain and all(type(number) is int for number in zeros.values()) else None
+    if not isinstance(zeros, dict) or zeros.keys() != shapes.keys():
+        return None
+    return zeros if all(type(number) is int for number in zeros.values()) else None
