@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from mama_trl.solvers.alps import alps
+from mama_trl.solvers.methods import Method
 from mama_trl.solvers.problem import LayerProblem, Solution
 from mama_trl.solvers.redistribution import unit_diagonal
 
@@ -24,6 +25,11 @@ def solve_composite(problem: LayerProblem) -> Solution:
     if problem.goal is not None:
         target = towards(weight, inputs.gram, problem.goal.cross - _of_bias(problem))
     return Solution(*alps(target, inputs.gram, problem.sparsity, problem.nm))
+
+
+COMPOSITE = Method(
+    solve_composite, "gram and own goal", "composite", "ALPS stage by stage with error propagation", budget="predicted"
+)
 
 
 def towards(weight: Tensor, gram: Tensor, cross: Tensor, damping: float = 1e-2) -> Tensor:

@@ -125,7 +125,7 @@ def pruned(model, rows, method: str, level: str):
     """Prunes by one of `METHODS`."""
     from dataclasses import replace
 
-    from benchmarks.composite import solve_composite
+    from benchmarks.composite import COMPOSITE
     from mama_trl import prune
     from mama_trl.solvers.methods import METHODS as KNOWN
 
@@ -133,7 +133,7 @@ def pruned(model, rows, method: str, level: str):
     if method == "alps_budget":
         options |= {"method": replace(KNOWN["alps"], budget="predicted")}
     elif method == "composite":
-        options |= {"method": replace(KNOWN["mama"], solve=solve_composite, label="composite")}
+        options |= {"method": COMPOSITE}
     else:
         options |= {"method": method.removesuffix("_refined"), "refine": method.endswith("_refined")}
     return prune(model, rows, progress=False, **options)

@@ -45,6 +45,7 @@ def stagewise(
     batch_size: int = 8,
     source: Optional[BlocksInPlace] = None,
     refiner: Optional[Refiner] = None,
+    repair: bool = True,
 ) -> Iterator[Measured]:
     """Yields grams and goals of each layer group of each block, on inputs that pruned layers compute.
 
@@ -58,6 +59,8 @@ def stagewise(
             in another number.
         progress: a block that it holds is restored instead of measured.
         refiner: changes each block once it is pruned; default none does.
+        repair: whether a layer that writes to the residual stream is asked for what the pruned stream lacks there; else
+            for its own outputs in the dense model.
         source: gives each block in a form that this process can run alone; default as it stands in the model.
     """
     source = source if source is not None else BlocksInPlace()
@@ -83,7 +86,9 @@ def stagewise(
             groups = [] if done else plan_groups(block, own, lambda states: short.run(index, states), probe)
             probe = short.run(index, probe)
             run = partial(runner.run, index)
-            walk = _Walk(block, run, dense, pruned)
+            # Experts get no goals of their own, and where half a block repairs, the other half reads what it never saw.
+            mixture = any(t.of_mixture for t in own)
+            walk = _Walk(block, run, dense, pruned, repair and not mixture)
             inputs = list(pruned) if refiner and own and not done else []
             others = _others(name, block, own) if refiner else {}
             with ExitStack() as behind:
@@ -119,8 +124,11 @@ class _Walk:
         dense, pruned: hidden states by batch, replaced in place.
     """
 
-    def __init__(self, block: nn.Module, run: Callable[[Tensor], Tensor], dense: list[Tensor], pruned: list[Tensor]):
-        self._block, self._run = block, run
+    def __init__(
+        self, block: nn.Module, run: Callable[[Tensor], Tensor], dense: list[Tensor], pruned: list[Tensor],
+        repair: bool,
+    ):
+        self._block, self._run, self._repair = block, run, repair
         self._dense, self._pruned = dense, pruned
         self._at = INPUT
 
@@ -140,7 +148,7 @@ class _Walk:
                 found = self._measured(group, streams, inputs if group is end else None)
             yield Measured(group.targets, *found)
             found = None
-            later = {place for other in segment[number + 1 :] for place in (other.place, other.source)}
+            later = {place for other in segment[number + 1 :] for place in (other.place, other.source, _outputs(other))}
             for place in set(streams) - later:
                 del streams[place]
         if end:
@@ -170,6 +178,10 @@ class _Walk:
             submodule(place).register_forward_pre_hook(lambda _, args, kept=kept: kept.append(args[0]))
             for place, kept in streams.items() if place != self._at
         ]
+        for group in [] if self._repair else segment:
+            if group.writer:
+                own = streams[_outputs(group)] = []
+                handles.append(group.writer.module.register_forward_hook(lambda _, args, out, own=own: own.append(out)))
         if end != OUTPUT:
             handles.append(submodule(end).register_forward_pre_hook(arrive))
         try:
@@ -185,6 +197,11 @@ class _Walk:
 
     def _measured(self, group: LayerGroup, streams: dict[str, list[Tensor]], kept: Optional[list[Tensor]] = None):
         return _measure(self._block, group, self._run, self._pruned, streams, kept)
+
+
+def _outputs(group: LayerGroup) -> str:
+    """Under which name the outputs of a group's writer in the dense model are kept, where they are its goal."""
+    return f"(outputs of {group.writer.name})" if group.writer else ""
 
 
 def _measure(
@@ -205,7 +222,7 @@ def _measure(
     if writer:
         cross = torch.zeros(writer.shape, device=writer.parameter.device)
         goal = Goal(cross, cross.new_zeros(writer.shape[0]))
-        weighted = Gram.zeros(writer.shape[1], cross.device)
+        weighted = Gram.zeros(writer.shape[1], cross.device) if group.post else None
     elif group.norm is not None:
         pairs = torch.zeros(first.shape[1], first.shape[1], device=first.parameter.device)
         pairs = Goal(pairs, pairs.new_zeros(first.shape[1]))
@@ -240,10 +257,12 @@ def _measure(
                     pass
                 if kept is not None:
                     kept.append(seen["inputs"])
-                if writer:
+                if writer and _outputs(group) in streams:
+                    goal.add(tokens_of(streams[_outputs(group)][i]), tokens_of(seen["inputs"]))
+                elif writer:
                     wanted = tokens_of(streams[group.place][i]) - tokens_of(seen["before"])
                     inputs = tokens_of(seen["inputs"])
-                    if group.post:
+                    if weighted:
                         # N(y) = gain y / rms(y): what N should put out says which way y must point, in units of
                         # its rms.
                         scale = rms(tokens_of(seen["outputs"]))
@@ -259,7 +278,7 @@ def _measure(
 
     grams = collect(block, group.targets, forward, share=not group.apart)
     if writer:
-        return ({writer.name: weighted} if group.post else grams), {writer.name: goal}
+        return ({writer.name: weighted} if weighted and weighted.tokens else grams), {writer.name: goal}
     if pairs is None:
         return grams, {}
     return grams, {

@@ -189,9 +189,10 @@ def _walk(
     targets = placement.targets
     if method.needs == "nothing":
         return (Measured([target], {}) for target in targets)
-    if method.needs == "gram and goal":
+    if method.needs in ("gram and goal", "gram and own goal"):
         few = _enough(calibration, targets)
-        return stagewise(model, few, targets, progress, batch_size, placement.source, refiner)
+        repair = method.needs == "gram and goal"
+        return stagewise(model, few, targets, progress, batch_size, placement.source, refiner, repair)
     return blockwise(model, calibration, targets, progress, batch_size)
 
 
@@ -275,8 +276,11 @@ def _some(names: list[str]) -> str:
 def _enough(calibration: Sequences, targets: list[Target]) -> Sequences:
     """The calibration sequences that MAMA reads: half of them, or more if that were fewer than 16 tokens per input.
 
-    It goes through each block about five times where one-pass methods go twice, so that it costs about the same.
+    It goes through each block about five times where one-pass methods go twice, so that it costs about the same. Of a
+    mixture it reads all, since each expert sees only the tokens that are sent to it.
     """
+    if any(target.of_mixture for target in targets):
+        return calibration
     widest = max(target.shape[1] for target in targets)
     least = -(-TOKENS_PER_INPUT * widest * len(calibration) // max(tokens_in(calibration), 1))
     return spread_evenly(calibration, max(-(-len(calibration) // 2), least))

@@ -14,7 +14,7 @@ from .mama import mama
 from .problem import LayerProblem, Solution
 from .redistribution import MOVES, centred, centred_cross
 
-NEEDS = ("nothing", "norm", "gram", "gram and goal")
+NEEDS = ("nothing", "norm", "gram", "gram and own goal", "gram and goal")
 
 
 @dataclass(frozen=True)
@@ -24,8 +24,9 @@ class Method:
     Args:
         solve: the layer problem's solution; a pure function of tensors.
         needs: what it reads of the layer: `nothing` but the weight; the inputs' `norm`; their whole `gram`; or `gram
-            and goal`, for which the layers of a block are measured one after the other, each on inputs that the pruned
-            ones before it compute, with a second stream of hidden states for the dense model's outputs.
+            and own goal`, for which the layers of a block are measured one after the other, each on inputs that the
+            pruned ones before it compute, with a second stream of hidden states for what each puts out in the dense
+            model; `gram and goal`, where a layer that writes to the residual stream is asked for what that lacks.
         label: how tables and plots call it.
         summary: what it does, for the command line's help.
         budget: the allocation it uses where none is named; published methods share the sparsity uniformly.
