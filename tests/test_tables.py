@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.composite import COMPOSITE
 from mama_trl import config
 from mama_trl.cli import COMMANDS, main
 from mama_trl.demo.recipe import BASELINES
@@ -47,7 +48,7 @@ def test_every_redistribution_moves_and_every_schedule_has_its_ramp():
 
 
 def test_methods_are_told_alike(capsys):
-    assert {method.needs for method in METHODS.values()} == set(NEEDS)
+    assert {method.needs for method in (*METHODS.values(), COMPOSITE)} == set(NEEDS)
     assert len({method.label for method in METHODS.values()}) == len(METHODS)
     assert set(METHOD_COLOURS) == set(METHODS) and set(BASELINES) <= set(METHODS)
     with pytest.raises(SystemExit) as ended:

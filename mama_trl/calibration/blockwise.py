@@ -37,8 +37,9 @@ def blockwise(
     parts = batches(sequences, batch_size, next(model.parameters()).device)
     progress.begin(len(blocks))
     with inference(model), experts_one_by_one(targets):
-        runner = BlockRunner(model, blocks, source.may_stop)
-        hidden = [runner.first_inputs(batch) for batch in parts]
+        runner = BlockRunner(model, blocks, source.may_stop, source.device)
+        with source.borrowed(0):
+            hidden = [runner.first_inputs(batch) for batch in parts]
         for index, (name, block) in enumerate(blocks):
             own = [t for t in targets if t.module_name.startswith(name + ".")]
             block, own = source.take(index, name, block, own)

@@ -1,8 +1,9 @@
 """Where a decoder block can run: as it stands in the model, or gathered from the ranks that share its parameters."""
 
 import copy
+from contextlib import contextmanager
 from dataclasses import replace
-from typing import Optional
+from typing import Callable, Iterator, Optional
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +21,7 @@ class BlocksInPlace:
     """Blocks as they stand in the model of this process."""
 
     may_stop = True  # whether a forward pass of the model may be ended by an exception
+    device: Optional[torch.device] = None  # where blocks run that are fetched there one at a time
 
     def broadcast_tokens(self, tokens: Tensor) -> Tensor:
         """The first rank's `tokens` (1-D), on every rank, whatever length the others' have."""
@@ -35,6 +37,58 @@ class BlocksInPlace:
 
     def release(self, index: int) -> None:
         """Frees what `take` has made for this block."""
+
+    def by_block(self, targets: list[Target]) -> Iterator[list[Target]]:
+        """The targets in parts whose weights can be read while a part is looked at."""
+        yield targets
+
+    @contextmanager
+    def borrowed(self, index: int) -> Iterator[None]:
+        """The block with this number can run for a while."""
+        yield
+
+
+class BorrowedBlocks(BlocksInPlace):
+    """Blocks that are not where they can run: each is fetched there for a while, one at a time.
+
+    Args:
+        model: whose blocks they are; its other parts stay where they are.
+        device: where blocks run.
+        fetch, free: bring the block with this number there, and away from it.
+    """
+
+    def __init__(
+        self, model: nn.Module, device: torch.device, fetch: Callable[[int], None], free: Callable[[int], None]
+    ):
+        self.device = device
+        self._blocks, self._fetch, self._free = find_blocks(model), fetch, free
+
+    def take(self, index: int, name: str, block: nn.Module, own: list[Target]) -> tuple[nn.Module, list[Target]]:
+        self._fetch(index)
+        return block, own
+
+    def release(self, index: int) -> None:
+        self._free(index)
+
+    def by_block(self, targets: list[Target]) -> Iterator[list[Target]]:
+        for index, (name, _) in enumerate(self._blocks):
+            with self.borrowed(index):
+                yield [target for target in targets if target.module_name.startswith(name + ".")]
+        yield [target for target in targets if target.block is None]
+
+    @contextmanager
+    def borrowed(self, index: int) -> Iterator[None]:
+        self._fetch(index)
+        try:
+            yield
+        finally:
+            self._free(index)
+
+
+def blocks_on(model: nn.Module, device: torch.device) -> BorrowedBlocks:
+    """Blocks of a model in CPU memory, which run on `device`, one at a time."""
+    blocks = [block for _, block in find_blocks(model)]
+    return BorrowedBlocks(model, device, lambda i: blocks[i].to(device), lambda i: blocks[i].to("cpu"))
 
 
 class GatheredBlocks(BlocksInPlace):

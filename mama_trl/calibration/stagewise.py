@@ -69,13 +69,14 @@ def stagewise(
     passes = source.passes(len(parts))
     progress.begin(len(blocks))
     with inference(model), experts_one_by_one(targets):
-        runner = BlockRunner(model, blocks, source.may_stop)
-        dense = [runner.first_inputs(part) for part in parts]
-        for _ in range(len(parts), passes):
-            runner.first_inputs(parts[-1])
+        runner = BlockRunner(model, blocks, source.may_stop, source.device)
         # Its own: what a block is given depends on the batch's shape, and the real ones must not be overwritten.
-        short = BlockRunner(model, blocks, source.may_stop)
-        probe = short.first_inputs(source.broadcast_tokens(parts[0][0, :PROBE_TOKENS]).unsqueeze(0))
+        short = BlockRunner(model, blocks, source.may_stop, source.device)
+        with source.borrowed(0):
+            dense = [runner.first_inputs(part) for part in parts]
+            for _ in range(len(parts), passes):
+                runner.first_inputs(parts[-1])
+            probe = short.first_inputs(source.broadcast_tokens(parts[0][0, :PROBE_TOKENS]).unsqueeze(0))
         pruned = list(dense)
         for index, (name, block) in enumerate(blocks):
             own = [t for t in targets if t.module_name.startswith(name + ".")]

@@ -139,9 +139,9 @@ def every_shard(mama) -> list:
 
 def try_way(reference: Path, trainer, mama, calibration, way) -> dict:
     """One mask update on the weights and statistics that the reference run ended with, whoever it was."""
-    weights = torch.load(reference / "weights0.pt")
+    weights_before = torch.load(reference / "weights0.pt")
     for shard in every_shard(mama):
-        shard.write(weights[shard.name].to(shard.master.dtype))
+        shard.write(weights_before[shard.name].to(shard.master.dtype))
     mama.trajectory.load(reference, resume=True)
     update = Update(
         mama.run.model, mama.run.targets, mama.run.shards, MamaConfig(sparsity=0.9, **way), mama.trajectory,
@@ -151,7 +151,20 @@ def try_way(reference: Path, trainer, mama, calibration, way) -> dict:
         masks = update_masks(update, update.config.sparsity)
     flags = {name: masks.whole(name).int().flatten().tolist() for name in masks.names}
     weights = {name: shard.full().double().norm().item() for name, shard in mama.run.shards.items()}
-    return {"kept": masks.kept, "violations": masks.verify(), "flags": flags, "weights": weights}
+    pruned = {shard.name: shard.full().float() for shard in every_shard(mama)}
+    error = distance(weights_before, pruned, calibration)
+    return {"kept": masks.kept, "violations": masks.verify(), "flags": flags, "weights": weights, "error": error}
+
+
+@torch.no_grad()
+def distance(dense: dict, pruned: dict, rows: torch.Tensor) -> float:
+    """How far the pruned weights' outputs are from the dense ones', relative, from whole copies of both models."""
+    found = []
+    for values in (dense, pruned):
+        model = tiny("llama").eval()
+        model.load_state_dict(values, strict=False)
+        found.append(model(rows).logits)
+    return ((found[1] - found[0]).norm() / found[0].norm()).item()
 
 
 def poison(trainer, mama, what: dict) -> None:
