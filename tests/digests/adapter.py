@@ -27,7 +27,7 @@ from mama_trl import (
 from mama_trl.calibration.blockwise import blockwise
 from mama_trl.calibration.progress import Progress
 from mama_trl.calibration.stagewise import stagewise
-from mama_trl.config import RECORDED_BUDGETS, default_blend, parse_pattern
+from mama_trl.config import RECORDED_BUDGETS, parse_pattern
 from mama_trl.engines.detect import shards_of
 from mama_trl.export.packed import load_packed, save_packed
 from mama_trl.indicators import formulas as indicators
@@ -60,7 +60,7 @@ __all__ = ["load_packed", "save_packed"]
 
 def main(argv: list[str]) -> int:
     """`mama` with the words that the cases use for budgets, and the blend that every budget had in one-shot pruning."""
-    argv = [{"sensitivity": "gradients"}.get(word, word) if before == "--budget" else word
+    argv = [{"sensitivity": "predicted"}.get(word, word) if before == "--budget" else word
             for before, word in zip(["", *argv], argv)]
     if any(f"--budget {name}" in " ".join(argv) for name in RECORDED_BUDGETS):
         argv += ["--budget_blend", "0.6"]
@@ -109,10 +109,10 @@ def oneshot(
         method = replace(METHODS["mama"], solve=partial(solve_mama, goals=False))
     if criterion is not None:
         options["indicators"] = criterion
-    # The old word for a pass of calibration gradients, and the blend that every budget had in one-shot pruning.
-    options["budget"] = {"sensitivity": "gradients"}.get(options.get("budget"), options.get("budget"))
+    # The cases' word for the predicted budget, and a blend that does not follow the defaults.
+    options["budget"] = {"sensitivity": "predicted"}.get(options.get("budget"), options.get("budget"))
     if options["budget"] in RECORDED_BUDGETS and blend is None:
-        blend = default_blend("gradients", options["sparsity"])
+        blend = 0.6
     progress = options.pop("progress", False)
     return prune(
         model, rows, method, scores=StoredScores(scores), layer_sparsity=allocation, budget_blend=blend,
