@@ -4,6 +4,7 @@ from typing import Iterator, Optional
 
 from torch import Tensor, nn
 
+from ..engines.offload import running_device
 from ..model.blocks import find_blocks
 from ..model.language import call
 from ..model.runner import BlockRunner, experts_one_by_one, inference
@@ -34,12 +35,11 @@ def blockwise(
     """
     source = source if source is not None else BlocksInPlace()
     blocks = find_blocks(model)
-    parts = batches(sequences, batch_size, next(model.parameters()).device)
+    parts = batches(sequences, batch_size, running_device(model))
     progress.begin(len(blocks))
     with inference(model), experts_one_by_one(targets):
-        runner = BlockRunner(model, blocks, source.may_stop, source.device)
-        with source.borrowed(0):
-            hidden = [runner.first_inputs(batch) for batch in parts]
+        runner = BlockRunner(model, blocks, source.may_stop)
+        hidden = [runner.first_inputs(batch) for batch in parts]
         for index, (name, block) in enumerate(blocks):
             own = [t for t in targets if t.module_name.startswith(name + ".")]
             block, own = source.take(index, name, block, own)
@@ -56,6 +56,25 @@ def blockwise(
         hidden.clear()
         outside = [t for t in targets if t.block is None]
         yield from measured_outside(model, parts, outside, progress)
+
+
+def unmeasured(
+    model: nn.Module, targets: list[Target], progress: Progress, source: BlocksInPlace
+) -> Iterator[Measured]:
+    """Yields the targets block by block, for methods that look at weights alone; those outside every block first."""
+    yield from (Measured([target], {}) for target in targets if target.block is None)
+    blocks = find_blocks(model)
+    progress.begin(len(blocks))
+    for index, (name, block) in enumerate(blocks):
+        own = [t for t in targets if t.block == index]
+        block, own = source.take(index, name, block, own)
+        if own and progress.holds(own):
+            progress.restore(own)
+        elif own:
+            yield from (Measured([target], {}) for target in own)
+            progress.finish(own)
+        source.release(index)
+        progress.advance()
 
 
 def measured_outside(

@@ -16,6 +16,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
+from ..engines.offload import readable, running_device
 from ..model.blocks import find_blocks
 from ..model.language import call
 from ..model.runner import experts_one_by_one
@@ -33,8 +34,8 @@ def output_gradients(
     Of a fused expert the mean is over all tokens, those not routed to it counting as zero. A layer that no token
     reaches has zeros.
     """
-    sums = {t.name: torch.zeros(t.shape[0], device=t.device) for t in targets}
-    device = next(model.parameters()).device
+    device = running_device(model)
+    sums = {t.name: torch.zeros(t.shape[0], device=device if t.parameter.is_meta else t.device) for t in targets}
     tokens = 0
 
     def listen(target: Target, outputs: Tensor) -> None:
@@ -44,7 +45,11 @@ def output_gradients(
         if outputs.requires_grad:
             outputs.register_hook(take)
 
-    with _inputs_only(model), _one_block_at_a_time(model), _listening(targets, listen), experts_one_by_one(targets):
+    outside = [target for target in targets if target.block is None]
+    with (
+        _inputs_only(model), _one_block_at_a_time(model, targets, listen), _listening(outside, listen),
+        experts_one_by_one(targets),
+    ):
         parts = [part[:, :LENGTH] for part in batches(sequences, 1, device)]
         for part in tqdm(parts, desc="gradients", disable=not progress, leave=False):
             logits = call(model, part).logits[:, :-1]
@@ -72,20 +77,27 @@ def _inputs_only(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def _one_block_at_a_time(model: nn.Module) -> Iterator[None]:
-    """Each decoder block keeps its inputs alone and is run anew in the backward pass."""
+def _one_block_at_a_time(
+    model: nn.Module, targets: list[Target], listen: Callable[[Target, Tensor], None]
+) -> Iterator[None]:
+    """Each decoder block keeps its inputs alone and is run anew in the backward pass; its weights, where they are
+    elsewhere, are fetched for each of the two."""
 
-    def kept_small(forward: Callable) -> Callable:
-        return lambda *args, **kwargs: checkpoint(forward, *args, use_reentrant=False, **kwargs)
+    def kept_small(block: nn.Module, forward: Callable, own: list[Target]) -> Callable:
+        def whole(*args, **kwargs):
+            with readable(block), _listening(own, listen):
+                return forward(*args, **kwargs)
 
-    blocks = [block for _, block in find_blocks(model)]
-    own = [{key: value for key, value in vars(block).items() if key == "forward"} for block in blocks]
-    for block in blocks:
-        block.forward = kept_small(block.forward)
+        return lambda *args, **kwargs: checkpoint(whole, *args, use_reentrant=False, **kwargs)
+
+    blocks = find_blocks(model)
+    own = [{key: value for key, value in vars(block).items() if key == "forward"} for _, block in blocks]
+    for number, (_, block) in enumerate(blocks):
+        block.forward = kept_small(block, block.forward, [t for t in targets if t.block == number])
     try:
         yield
     finally:
-        for block, before in zip(blocks, own):
+        for (_, block), before in zip(blocks, own):
             del block.forward
             block.__dict__.update(before)
 

@@ -1,9 +1,9 @@
-"""Where a decoder block can run: as it stands in the model, or gathered from the ranks that share its parameters."""
+"""Where a decoder block can run: as it stands in the model, fetched from where it is kept, or gathered from ranks."""
 
 import copy
-from contextlib import contextmanager
 from dataclasses import replace
-from typing import Callable, Iterator, Optional
+from pathlib import Path
+from typing import Optional
 
 import torch
 from torch import Tensor, nn
@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from ..engines import ranks
 from ..engines.detect import shard_of
 from ..engines.gather import plain_class
+from ..engines.offload import drop, fetch, give_back
 from ..engines.shard import Shard
 from ..engines.zero import release_gathered
 from ..model.blocks import find_blocks
@@ -21,7 +22,6 @@ class BlocksInPlace:
     """Blocks as they stand in the model of this process."""
 
     may_stop = True  # whether a forward pass of the model may be ended by an exception
-    device: Optional[torch.device] = None  # where blocks run that are fetched there one at a time
 
     def broadcast_tokens(self, tokens: Tensor) -> Tensor:
         """The first rank's `tokens` (1-D), on every rank, whatever length the others' have."""
@@ -38,57 +38,27 @@ class BlocksInPlace:
     def release(self, index: int) -> None:
         """Frees what `take` has made for this block."""
 
-    def by_block(self, targets: list[Target]) -> Iterator[list[Target]]:
-        """The targets in parts whose weights can be read while a part is looked at."""
-        yield targets
 
-    @contextmanager
-    def borrowed(self, index: int) -> Iterator[None]:
-        """The block with this number can run for a while."""
-        yield
-
-
-class BorrowedBlocks(BlocksInPlace):
-    """Blocks that are not where they can run: each is fetched there for a while, one at a time.
+class FetchedBlocks(BlocksInPlace):
+    """Blocks whose weights are on disk or in CPU memory until they run (engines/offload.py): one at a time is there.
 
     Args:
-        model: whose blocks they are; its other parts stay where they are.
-        device: where blocks run.
-        fetch, free: bring the block with this number there, and away from it.
+        folder: where changed blocks are written that lay on disk; None = what is changed is forgotten.
     """
 
-    def __init__(
-        self, model: nn.Module, device: torch.device, fetch: Callable[[int], None], free: Callable[[int], None]
-    ):
-        self.device = device
-        self._blocks, self._fetch, self._free = find_blocks(model), fetch, free
+    def __init__(self, folder: Optional[Path] = None):
+        self._folder = folder
+        self._own: list = []
 
     def take(self, index: int, name: str, block: nn.Module, own: list[Target]) -> tuple[nn.Module, list[Target]]:
-        self._fetch(index)
+        self._own = fetch(block)
         return block, own
 
     def release(self, index: int) -> None:
-        self._free(index)
-
-    def by_block(self, targets: list[Target]) -> Iterator[list[Target]]:
-        for index, (name, _) in enumerate(self._blocks):
-            with self.borrowed(index):
-                yield [target for target in targets if target.module_name.startswith(name + ".")]
-        yield [target for target in targets if target.block is None]
-
-    @contextmanager
-    def borrowed(self, index: int) -> Iterator[None]:
-        self._fetch(index)
-        try:
-            yield
-        finally:
-            self._free(index)
-
-
-def blocks_on(model: nn.Module, device: torch.device) -> BorrowedBlocks:
-    """Blocks of a model in CPU memory, which run on `device`, one at a time."""
-    blocks = [block for _, block in find_blocks(model)]
-    return BorrowedBlocks(model, device, lambda i: blocks[i].to(device), lambda i: blocks[i].to("cpu"))
+        if self._folder is None:
+            drop(self._own)
+        else:
+            give_back(self._own, self._folder / f"block-{index:05d}.safetensors")
 
 
 class GatheredBlocks(BlocksInPlace):

@@ -22,6 +22,7 @@ from typing import Callable, Iterator, Optional
 import torch
 from torch import Tensor, nn
 
+from ..engines.offload import running_device
 from ..model.blocks import find_blocks
 from ..model.runner import BlockRunner, Stop, experts_one_by_one, inference
 from ..model.sequences import Sequences, batches
@@ -65,18 +66,17 @@ def stagewise(
     """
     source = source if source is not None else BlocksInPlace()
     blocks = find_blocks(model)
-    parts = batches(sequences, batch_size, next(model.parameters()).device)
+    parts = batches(sequences, batch_size, running_device(model))
     passes = source.passes(len(parts))
     progress.begin(len(blocks))
     with inference(model), experts_one_by_one(targets):
-        runner = BlockRunner(model, blocks, source.may_stop, source.device)
+        runner = BlockRunner(model, blocks, source.may_stop)
+        dense = [runner.first_inputs(part) for part in parts]
+        for _ in range(len(parts), passes):
+            runner.first_inputs(parts[-1])
         # Its own: what a block is given depends on the batch's shape, and the real ones must not be overwritten.
-        short = BlockRunner(model, blocks, source.may_stop, source.device)
-        with source.borrowed(0):
-            dense = [runner.first_inputs(part) for part in parts]
-            for _ in range(len(parts), passes):
-                runner.first_inputs(parts[-1])
-            probe = short.first_inputs(source.broadcast_tokens(parts[0][0, :PROBE_TOKENS]).unsqueeze(0))
+        short = BlockRunner(model, blocks, source.may_stop)
+        probe = short.first_inputs(source.broadcast_tokens(parts[0][0, :PROBE_TOKENS]).unsqueeze(0))
         pruned = list(dense)
         for index, (name, block) in enumerate(blocks):
             own = [t for t in targets if t.module_name.startswith(name + ".")]

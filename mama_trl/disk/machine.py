@@ -20,6 +20,16 @@ def physical_memory() -> int:
     return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
+def available_memory() -> int:
+    """Bytes of memory that programs could have now, files that the system keeps in memory given up."""
+    try:
+        with open("/proc/meminfo") as file:
+            lines = dict(line.split(":", 1) for line in file)
+        return int(lines["MemAvailable"].split()[0]) * 1024
+    except (OSError, KeyError, ValueError):  # not Linux
+        return physical_memory()
+
+
 def refusal_of(error: BaseException) -> Optional[str]:
     """A sentence for what the machine refused; None if it was something else."""
     for cause in _chain(error):

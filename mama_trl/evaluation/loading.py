@@ -115,8 +115,15 @@ def vocabulary_of(config: Any) -> Optional[int]:
     return size if isinstance(size, int) else None
 
 
-def load_model(source: str, dtype: str = "auto", trust_remote_code: bool = False):
-    """A causal language model in evaluation mode, on the GPU if there is one.
+def load_model(
+    source: str, dtype: str = "auto", trust_remote_code: bool = False, device: Any = None,
+    device_map: Optional[dict[str, Any]] = None, offload_folder: Optional[Path] = None,
+):
+    """A causal language model in evaluation mode.
+
+    Args:
+        device: where it is; default the GPU if there is one.
+        device_map, offload_folder: as `from_pretrained` takes them: which parts stay elsewhere until they run.
 
     Raises:
         MamaError: nothing can be loaded, or weights are missing, left over or of another shape.
@@ -127,13 +134,19 @@ def load_model(source: str, dtype: str = "auto", trust_remote_code: bool = False
     from .weights import check_extent, check_report, quietly
 
     check_extent(source, load_config(source, trust_remote_code))
+    placed: dict[str, Any] = {} if device_map is None else {"device_map": device_map}
+    if offload_folder is not None:
+        offload_folder.mkdir(parents=True, exist_ok=True)
+        placed["offload_folder"] = str(offload_folder)
     with quietly(bars=True):
         model, report = _loaded(
             "model", source, AutoModelForCausalLM.from_pretrained, dtype=dtype, output_loading_info=True,
-            trust_remote_code=trust_remote_code,
+            trust_remote_code=trust_remote_code, **placed,
         )
     check_report(source, report)
-    return model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
+    if device_map is not None:
+        return model.eval()
+    return model.to(device or ("cuda" if torch.cuda.is_available() else "cpu")).eval()
 
 
 def _loaded(what: str, source: str, load: Any, **options) -> Any:

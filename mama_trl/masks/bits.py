@@ -1,6 +1,7 @@
 """One bit per connection: packing, unpacking and zeroing by packed bits. Lowest bit first, 1 = kept."""
 
 from functools import lru_cache
+from typing import Iterator, MutableMapping
 
 import numpy
 import torch
@@ -78,3 +79,25 @@ def keep_only(values: list[Tensor], packed: Tensor) -> None:
 def count(packed: Tensor) -> Tensor:
     """Number of set bits, int64 scalar tensor."""
     return torch.bincount(packed, minlength=256) @ _table(torch.int64, packed.device).sum(1)
+
+
+class PackedMasks(MutableMapping[str, Tensor]):
+    """Bool masks by name, of which one bit each is kept in memory; what is read is a copy."""
+
+    def __init__(self) -> None:
+        self._packed: dict[str, tuple[Tensor, torch.Size]] = {}
+
+    def __getitem__(self, name: str) -> Tensor:
+        return unpack_bits(*self._packed[name])
+
+    def __setitem__(self, name: str, mask: Tensor) -> None:
+        self._packed[name] = pack_bits(mask), mask.shape
+
+    def __delitem__(self, name: str) -> None:
+        del self._packed[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._packed)
+
+    def __len__(self) -> int:
+        return len(self._packed)

@@ -115,11 +115,12 @@ def _save_pretrained(self: PreTrainedModel, save_directory: str | PathLike, *arg
 
 
 def _values(model: nn.Module, state: Optional[Mapping[str, Any]]) -> dict[str, Tensor]:
-    """The tensors that are about to be saved, by name: of this process alone where the model is spread."""
+    """The tensors that are about to be saved, by name: of this process alone where the model is spread, and without
+    those that are fetched when their module runs."""
     if state is not None:
         return {name: value for name, value in state.items() if isinstance(value, Tensor)}
     values = {shard.name: shard.saved for shard in shards_of(model.named_parameters())}
-    return {name: value for name, value in values.items() if value.numel()}
+    return {name: value for name, value in values.items() if value.numel() and not value.is_meta}
 
 
 @torch.no_grad()

@@ -2,7 +2,7 @@
 
 import hashlib
 from pathlib import Path
-from typing import Iterable, Optional
+from typing import Iterable, Mapping, Optional
 
 import torch
 from torch import Tensor, nn
@@ -52,13 +52,14 @@ class MaskSet:
         self._plan: list = []
 
     @classmethod
-    def from_masks(cls, masks: dict[str, Tensor], pattern: str = "unstructured") -> "MaskSet":
-        """From bool tensors of whole parameters, True = kept."""
-        return cls(
-            {name: pack_bits(mask) for name, mask in masks.items()},
-            {name: tuple(mask.shape) for name, mask in masks.items()},
-            pattern,
-        )
+    def from_masks(
+        cls, masks: Mapping[str, Tensor] | Iterable[tuple[str, Tensor]], pattern: str = "unstructured"
+    ) -> "MaskSet":
+        """From bool tensors of whole parameters, True = kept; of pairs one at a time is held."""
+        bits, shapes = {}, {}
+        for name, mask in masks.items() if isinstance(masks, Mapping) else masks:
+            bits[name], shapes[name] = pack_bits(mask), tuple(mask.shape)
+        return cls(bits, shapes, pattern)
 
     @classmethod
     def from_shards(

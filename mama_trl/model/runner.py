@@ -1,7 +1,7 @@
 """Runs one decoder block at a time, with the arguments that the model gives it."""
 
-from contextlib import contextmanager, nullcontext
-from typing import Iterator, Optional
+from contextlib import contextmanager
+from typing import Iterator
 
 import torch
 from torch import Tensor, nn
@@ -53,14 +53,9 @@ class BlockRunner:
         MamaError: an encoder-decoder, whose decoder reads what the encoder made of other tokens.
     """
 
-    def __init__(
-        self, model: nn.Module, blocks: list[tuple[str, nn.Module]], may_stop: bool = True,
-        device: Optional[torch.device] = None,
-    ):
-        """`device`: where blocks run that are borrowed one at a time; only the first is there at the start, and the
-        arguments of the others are noted without running any."""
+    def __init__(self, model: nn.Module, blocks: list[tuple[str, nn.Module]], may_stop: bool = True):
         check_walkable(model)
-        self._model, self._device = model, device
+        self._model = model
         self._may_stop = may_stop  # False: engines whose hooks must see every forward pass to its end
         self._blocks = [block for _, block in blocks]
         self._noted: dict[torch.Size, list[tuple[tuple, dict]]] = {}
@@ -111,50 +106,13 @@ class BlockRunner:
 
         handles = [block.register_forward_pre_hook(hook, with_kwargs=True) for block in blocks]
         try:
-            with nullcontext() if self._device is None else _passed_through(self._blocks):
-                call(self._model, batch)
+            call(self._model, batch)
         except Stop:
             pass
         finally:
             for handle in handles:
                 handle.remove()
-        if self._device is not None:
-            return states[0].to(self._device), [(_to(a, self._device), _to(k, self._device)) for a, k in calls]
         return states[0], calls
-
-
-@contextmanager
-def _passed_through(blocks: list[nn.Module]) -> Iterator[None]:
-    """The first block runs, and those behind it hand on what they get, in the form in which the first put it out."""
-    in_tuple: list[int] = []
-
-    def noted(_, args, kwargs, out) -> None:
-        in_tuple[:] = [len(out) if isinstance(out, tuple) else 0]
-
-    def handing_on(*args, **kwargs):
-        states = args[0] if args else kwargs["hidden_states"]
-        return (states, *[None] * (in_tuple[0] - 1)) if in_tuple and in_tuple[0] else states
-
-    handle = blocks[0].register_forward_hook(noted, with_kwargs=True)
-    own = [{key: value for key, value in vars(block).items() if key == "forward"} for block in blocks[1:]]
-    for block in blocks[1:]:
-        block.forward = handing_on  # type: ignore[method-assign]
-    try:
-        yield
-    finally:
-        handle.remove()
-        for block, before in zip(blocks[1:], own):
-            del block.forward
-            block.__dict__.update(before)
-
-
-def _to(value, device: torch.device):
-    """Tensors on `device`, through tuples, lists and dicts."""
-    if isinstance(value, Tensor):
-        return value.to(device)
-    if isinstance(value, (tuple, list)):
-        return type(value)(_to(own, device) for own in value)
-    return {key: _to(own, device) for key, own in value.items()} if isinstance(value, dict) else value
 
 
 def check_walkable(model: nn.Module) -> None:

@@ -3,7 +3,8 @@
 import logging
 import re
 from dataclasses import dataclass
-from typing import Optional
+from itertools import groupby
+from typing import Iterator, Mapping, Optional
 
 import torch
 from torch import Tensor, nn
@@ -176,20 +177,20 @@ def _refuse_shared(targets: list[Target]) -> None:
             )
 
 
-def stack_experts(targets: list[Target], masks: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Masks by target name, (out, in), to masks by *parameter* name in the parameter's layout, contiguous.
+def stacked(targets: list[Target], masks: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
+    """Masks by target name, (out, in), as pairs of *parameter* name and mask in the parameter's layout, contiguous.
 
     An expert that has no mask stays dense.
     """
-    result: dict[str, Tensor] = {}
-    for target in targets:
-        if target.name not in masks:
-            continue
-        mask = target.oriented(masks[target.name])
-        if target.expert is None:
-            result[target.parameter_name] = mask.contiguous()
-            continue
-        if target.parameter_name not in result:
-            result[target.parameter_name] = torch.ones(target.parameter.shape, dtype=torch.bool, device=mask.device)
-        result[target.parameter_name][target.expert] = mask
-    return result
+    for name, own in groupby((t for t in targets if t.name in masks), lambda target: target.parameter_name):
+        whole: Optional[Tensor] = None
+        for target in own:
+            mask = target.oriented(masks[target.name]).contiguous()
+            if target.expert is None:
+                whole = mask
+                continue
+            if whole is None:
+                whole = torch.ones(target.parameter.shape, dtype=torch.bool, device=mask.device)
+            whole[target.expert] = mask
+        assert whole is not None
+        yield name, whole

@@ -2,7 +2,10 @@
 
 from typing import Optional
 
-from ..engines.counts import first_not_finite
+from torch import Tensor
+
+from ..engines.counts import first_not_finite, some_not_finite
+from ..engines.offload import readable
 from ..engines.shard import Shard
 from ..errors import MamaError
 from ..model.targets import Target
@@ -15,7 +18,7 @@ def check_not_denser(targets: list[Target], sparsity: float, layer_sparsity: Opt
     """
     sizes = [target.shape[0] * target.shape[1] for target in targets]
     asked = [(layer_sparsity or {}).get(target.name, sparsity) for target in targets]
-    zeros = sum(target.matrix.numel() - target.matrix.count_nonzero() for target in targets)
+    zeros = sum(zeros_of(target) for target in targets)
     total, rows = sum(sizes), sum(target.shape[0] for target in targets)
     there = int(zeros) / total
     wanted = sum(share * size for share, size in zip(asked, sizes)) / total
@@ -26,13 +29,32 @@ def check_not_denser(targets: list[Target], sparsity: float, layer_sparsity: Opt
         )
 
 
+def zeros_of(target: Target) -> Tensor:
+    """How many of a matrix's weights are zero."""
+    with readable(target.module):
+        return target.matrix.numel() - target.matrix.count_nonzero()
+
+
+def check_solved_here(targets: list[Target], tokens: Optional[int]) -> None:
+    """`check_solved` of a model that this process holds alone, in memory or elsewhere."""
+    for target in targets:
+        with readable(target.module):
+            values = {target.name: target.matrix}
+            if target.bias is not None:
+                values[f"bias of {target.name}"] = target.bias
+            _refuse(some_not_finite(values), tokens)
+
+
 def check_solved(shards: list[Shard], tokens: Optional[int]) -> None:
     """Raises `MamaError` on every rank if pruning has made NaN or infinity of a weight or bias. Collective.
 
     Args:
         tokens: calibration tokens that were read; None if none were.
     """
-    bad = first_not_finite(shards)
+    _refuse(first_not_finite(shards), tokens)
+
+
+def _refuse(bad: Optional[str], tokens: Optional[int]) -> None:
     if bad is not None:
         few = f"give more calibration tokens (there were {tokens})" if tokens is not None else "look at its weights"
         raise MamaError(f"pruning made NaN or infinity of {bad}, and nothing is saved: {few}.")

@@ -6,19 +6,20 @@ different ranks at once, and every rank writes what it owns of the results. (Whe
 calibration/source.py's.)
 """
 
-from typing import Optional
+from pathlib import Path
+from typing import MutableMapping, Optional
 
 import torch
 from torch import Tensor, nn
 
 from ..calibration.grams import Measured
-from ..calibration.source import BlocksInPlace, blocks_of
+from ..calibration.source import BlocksInPlace, FetchedBlocks, blocks_of
 from ..engines import ranks
 from ..engines.detect import shards_of
 from ..engines.shard import Shard
-from ..masks.bits import bytes_for, pack_bits, unpack_bits
+from ..masks.bits import PackedMasks, bytes_for, pack_bits, unpack_bits
 from ..masks.maskset import MaskSet
-from ..model.targets import Target, stack_experts
+from ..model.targets import Target, stacked
 from ..solvers.problem import Solution
 
 
@@ -27,14 +28,16 @@ class LocalPlacement:
 
     Args:
         targets: the matrices to prune.
+        offload: where changed blocks are written, of a model whose blocks are elsewhere until they run; default: the
+            whole model is there.
 
     `found` holds the bool masks (out, in) by target name.
     """
 
-    def __init__(self, targets: list[Target]):
+    def __init__(self, targets: list[Target], offload: Optional[Path] = None):
         self.targets = targets
-        self.source = BlocksInPlace()
-        self.found: dict[str, Tensor] = {}
+        self.source = BlocksInPlace() if offload is None else FetchedBlocks(offload)
+        self.found: MutableMapping[str, Tensor] = PackedMasks()
 
     def add_up(self, measured: Measured) -> None:
         """Makes the grams and goals those of all ranks' tokens."""
@@ -51,9 +54,10 @@ class LocalPlacement:
             self.found[target.name] = solution.mask
 
     def masks(self, pattern: str) -> MaskSet:
-        """The masks of all that was written."""
-        result = MaskSet.from_masks(stack_experts(self.targets, self.found), pattern)
-        result.bind(shards_of({target.parameter_name: target.parameter for target in self.targets}.items()))
+        """The masks of all that was written; bound to the parameters, if these are there."""
+        result = MaskSet.from_masks(stacked(self.targets, self.found), pattern)
+        if not isinstance(self.source, FetchedBlocks):
+            result.bind(shards_of({target.parameter_name: target.parameter for target in self.targets}.items()))
         return result
 
 

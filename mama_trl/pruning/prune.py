@@ -3,20 +3,24 @@
 import logging
 from contextlib import closing
 from dataclasses import dataclass, field
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Iterator, Optional
+from weakref import finalize
 
 import torch
 from torch import Tensor, nn
 
-from ..calibration.blockwise import blockwise
+from ..calibration.blockwise import blockwise, unmeasured
 from ..calibration.grams import Measured
 from ..calibration.output_gradients import output_gradients
 from ..calibration.progress import Progress
 from ..calibration.refine import Refiner
+from ..calibration.source import FetchedBlocks
 from ..calibration.stagewise import stagewise
 from ..calibration.worth import input_worths
 from ..config import RECORDED_BLEND, RECORDED_BUDGETS, PruningOptions, check_choice
-from ..engines.detect import shards_of
+from ..engines.offload import is_offloaded, readable
 from ..errors import MamaError
 from ..indicators.combine import Criterion
 from ..indicators.source import ScoreSource, StoredScores
@@ -30,7 +34,7 @@ from ..selection.allocation import BINS, allocate, matrix_histogram, shares_by_l
 from ..solvers.magnitude import magnitude
 from ..solvers.methods import METHODS, Method
 from ..solvers.problem import Gram, LayerProblem, Solution
-from .checks import check_not_denser, check_solved
+from .checks import check_not_denser, check_solved_here
 from .placement import DistributedPlacement, LocalPlacement
 
 logger = logging.getLogger(__name__)
@@ -78,7 +82,8 @@ def prune(
     check_readable(model, calibration)
     scores = scores if scores is not None else StoredScores()
     if placement is None:
-        placement = LocalPlacement(find_targets(model, options.target_modules, options.exclude_modules, experts=True))
+        targets = find_targets(model, options.target_modules, options.exclude_modules, experts=True)
+        placement = LocalPlacement(targets, _beside(model) if is_offloaded(model) else None)
     check_method(options, method, calibration is not None)
     check_scores(options, method, scores, layer_sparsity is not None)
     check_redistribution(options, placement.targets)
@@ -101,9 +106,7 @@ def prune(
     result = placement.masks(options.pattern)
     result.apply()
     if not isinstance(placement, DistributedPlacement):  # a training run does both itself
-        followed = [(target.parameter_name, target.parameter) for target in placement.targets]
-        followed += [(f"bias of {t.name}", t.bias) for t in placement.targets if t.bias is not None]
-        check_solved(shards_of(followed), None if calibration is None else tokens_in(calibration))
+        check_solved_here(placement.targets, None if calibration is None else tokens)
         remember(model, result)
     return result
 
@@ -173,12 +176,22 @@ def predicted_losses(
     # What an output and an input are worth shows after a few thousand tokens.
     few = spread_evenly(calibration, -(-len(calibration) // 8))
     gradients = output_gradients(model, few, targets, progress)
-    worths = input_worths(model, few, targets, batch_size)
-    return torch.stack([
-        matrix_histogram(target.matrix, gradients[target.name], worths[target.name])
-        if target.name in worths else torch.zeros(BINS, dtype=torch.int64)
-        for target in targets
-    ])
+    worths = input_worths(model, few, targets, batch_size, FetchedBlocks() if is_offloaded(model) else None)
+    found = []
+    for target in targets:
+        with readable(target.module):
+            found.append(
+                matrix_histogram(target.matrix, gradients[target.name], worths[target.name])
+                if target.name in worths else torch.zeros(BINS, dtype=torch.int64)
+            )
+    return torch.stack(found)
+
+
+def _beside(model: nn.Module) -> Path:
+    """A folder for the changed blocks of an offloaded model, which lives as long as the model."""
+    folder = TemporaryDirectory(prefix="mama-offload-")
+    finalize(model, folder.cleanup)
+    return Path(folder.name)
 
 
 def _walk(
@@ -188,12 +201,12 @@ def _walk(
     """The walk through the model that measures what the method needs."""
     targets = placement.targets
     if method.needs == "nothing":
-        return (Measured([target], {}) for target in targets)
+        return unmeasured(model, targets, progress, placement.source)
     if method.needs in ("gram and goal", "gram and own goal"):
         few = _enough(calibration, targets)
         repair = method.needs == "gram and goal"
         return stagewise(model, few, targets, progress, batch_size, placement.source, refiner, repair)
-    return blockwise(model, calibration, targets, progress, batch_size)
+    return blockwise(model, calibration, targets, progress, batch_size, placement.source)
 
 
 @dataclass

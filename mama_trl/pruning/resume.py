@@ -3,8 +3,9 @@
 import hashlib
 import json
 import logging
+from contextlib import nullcontext
 from pathlib import Path
-from typing import Optional
+from typing import Iterator, Optional
 
 import torch
 from torch import Tensor, nn
@@ -12,8 +13,9 @@ from torch import Tensor, nn
 from ..calibration.progress import Progress
 from ..disk.folders import LOCK
 from ..disk.paths import is_dir, is_file
-from ..disk.removal import remove_written
+from ..disk.removal import Names, remove_written
 from ..disk.writing import WRITING, write_json
+from ..engines.offload import readable
 from ..errors import MamaError, shown
 from ..masks.bits import bytes_for, pack_bits, unpack_bits
 from ..masks.tensors import TensorFile, write_tensors
@@ -22,18 +24,34 @@ from ..model.targets import Target
 logger = logging.getLogger(__name__)
 FOLDER = ".progress"  # inside the output folder, removed at the end
 COMMAND = "command.json"
-NAMES = {COMMAND: None, "block-*.safetensors": None, "outside.safetensors": None, ".*.tmp": None}
+OFFLOADED = "offloaded"  # within FOLDER: changed blocks of a model whose blocks are fetched one at a time
+BLOCKS: Names = {"block-*.safetensors": None, "outside.safetensors": None, ".*.tmp": None}
+NAMES: Names = {
+    **BLOCKS, COMMAND: None, OFFLOADED: {"*.safetensors": None, "*.dat": None, "*.json": None, "*.tmp": None},
+}
 
 
 def fingerprint(model: nn.Module, rows: Tensor) -> str:
     """SHA-256 over the model's parameters (names, shapes, an exact sum of their bits) and the calibration tokens."""
     sha = hashlib.sha256()
-    for name, parameter in model.named_parameters():
+    names = {name for name, _ in model.named_parameters()}  # of tied ones the first
+    for name, parameter in _parameters(model):
+        if name not in names:
+            continue
         bits = parameter.data.reshape(-1).view(torch.uint8 if parameter.element_size() == 1 else torch.int16)
         weighted = bits[::2].sum(dtype=torch.int64) * 65537 + bits[1::2].sum(dtype=torch.int64)
         sha.update(f"{name} {tuple(parameter.shape)} {parameter.dtype} {int(weighted)};".encode())
     sha.update(rows.cpu().contiguous().numpy().tobytes())
     return sha.hexdigest()
+
+
+def _parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    """Module by module, each while its parameters can be read."""
+    for prefix, module in model.named_modules():
+        own = [name for name, _ in module.named_parameters(recurse=False)]
+        with readable(module) if own else nullcontext():
+            for name in own:
+                yield f"{prefix}.{name}" if prefix else name, getattr(module, name)
 
 
 class Unfinished:
@@ -64,7 +82,7 @@ class Unfinished:
             return False
         if is_file(folder / COMMAND):
             return True
-        ours = all(entry.match(".*.tmp") for entry in folder.iterdir())
+        ours = all(entry.match(".*.tmp") or entry.name == OFFLOADED for entry in folder.iterdir())
         alone = all(entry.name in (FOLDER, LOCK, WRITING) for entry in output.iterdir())
         return ours and (alone or is_file(output / "config.json"))
 
@@ -81,8 +99,9 @@ class Unfinished:
         self._command["model and calibration tokens"] = fingerprint(model, rows)
         stored = self._stored()
         if stored is None and self.folder.exists():
-            logger.warning("%s holds blocks of nobody knows which command: all are done again.", self.folder)
-            self.remove()
+            if any(entry.name != OFFLOADED for entry in self.folder.iterdir()):
+                logger.warning("%s holds blocks of nobody knows which command: all are done again.", self.folder)
+            self._forget()
         self._check(stored, begin=True)
         write_json(self.folder / COMMAND, self._command)
         self._fresh = stored is None
@@ -135,6 +154,11 @@ class Unfinished:
         remove_written(self.folder, {name: inner for name, inner in NAMES.items() if name != COMMAND})
         remove_written(self.folder, NAMES)
 
+    def _forget(self) -> None:
+        """Deletes the blocks of another command, but not what this one's model is fetched from."""
+        self._whole.clear()
+        remove_written(self.folder, {**BLOCKS, COMMAND: None})
+
     def _read(self, targets: list[Target]) -> dict[str, Tensor]:
         """The tensors of a stored block. Raises `MamaError` if they are not those of `targets`."""
         file = TensorFile(self._file(targets), "block of an unfinished pruning", "it is done again")
@@ -166,7 +190,7 @@ class Unfinished:
             if stored is not None and name in stored and stored[name] != value:
                 if self._overwrite:
                     if begin:
-                        self.remove()
+                        self._forget()
                     return
                 was = "other ones" if name.startswith("model and") else f"{shown(stored[name])}, not {shown(value)}"
                 raise MamaError(

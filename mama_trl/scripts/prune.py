@@ -1,6 +1,7 @@
 """`mama prune`: one-shot pruning of a saved model."""
 
 import argparse
+import warnings
 from contextlib import contextmanager
 
 from ..config import check_choice, check_sparsity
@@ -50,6 +51,12 @@ def make_parser():
     )
     parser.add_calibration()
     parser.add_measuring()
+    parser.add_argument("--device", help="where blocks run: cpu, cuda, cuda:1 (default: a GPU if there is one)")
+    parser.add_argument(
+        "--offload", choices=("none", "cpu", "disk"),
+        help="where the other blocks are while one runs: none = on the device, CPU memory, or the model's own files "
+        "(default: the first of these that fits)",
+    )
     return parser
 
 
@@ -81,12 +88,18 @@ def _prune(args, options, method, unfinished, tokenizer, rows) -> None:
     from ..indicators.recorded import recorded
     from ..indicators.source import StoredScores
     from ..model.targets import find_targets
+    from ..pruning.checks import zeros_of
     from ..pruning.placement import LocalPlacement
     from ..pruning.prune import check_scores, prune
-    from ..pruning.resume import KeptProgress
+    from ..pruning.resume import OFFLOADED, KeptProgress
 
-    model = load_model(args.model, args.dtype, args.trust_remote_code)
+    placing = _placing(args, rows)
+    folder = unfinished.folder / OFFLOADED if placing.device_map else None
+    model = load_model(
+        args.model, args.dtype, args.trust_remote_code, placing.device, placing.device_map, folder
+    )
     targets = find_targets(model, options.target_modules, options.exclude_modules, experts=True)
+    print(f"holds {placing.said}")
     needed = Criterion(options.weights).sourced or options.budget not in (None, "uniform", "predicted")
     scores = StoredScores(recorded(args.model, model, targets) if needed else {})
     check_scores(options, method, scores, allocated=False)
@@ -95,14 +108,13 @@ def _prune(args, options, method, unfinished, tokenizer, rows) -> None:
         _announce(unfinished, model, rows)
         progress = KeptProgress(f"prune ({method.label})", unfinished)
     masks = prune(
-        model, rows, method, scores=scores, placement=LocalPlacement(targets), batch_size=args.batch_size,
+        model, rows, method, scores=scores, placement=LocalPlacement(targets, folder), batch_size=args.batch_size,
         progress=progress, **vars(options),
     )
     output = _save(model, tokenizer, args.output)
     masks.save(output)
+    counted = sum(int(zeros_of(target)) for target in targets) / sum(target.matrix.numel() for target in targets)
     unfinished.remove()
-    zeros = sum(int(target.matrix.numel() - target.matrix.count_nonzero()) for target in targets)
-    counted = zeros / sum(target.matrix.numel() for target in targets)
     print(
         f"{counted:.2%} of the prunable weights are zero, {masks.sparsity():.2%} by the masks ({args.method}, "
         f"{options.pattern}): {output}"
@@ -117,6 +129,9 @@ def remove_structures(args) -> None:
     sparsity = check_sparsity(0.5 if args.sparsity is None else args.sparsity)
     check_choice(args.method, STRUCTURE_METHODS, "method")
     options = options_of(args, pattern="unstructured")
+    if args.offload not in (None, "none"):
+        raise MamaError(f"`offload` is {args.offload!r}, but whole {args.pattern} are removed in memory: leave it out.")
+    args.offload = "none"
     for name in ("scope", "indicators", "budget", "budget_blend", "target_modules", "exclude_modules"):
         if getattr(args, name) is not None:
             raise MamaError(
@@ -139,7 +154,8 @@ def _remove(args, sparsity, redistribution, unfinished, tokenizer, rows) -> None
     from ..pruning.resume import KeptProgress
     from ..pruning.structures.remove import prune_structures
 
-    model = load_model(args.model, args.dtype, args.trust_remote_code)
+    placing = _placing(args, rows)
+    model = load_model(args.model, args.dtype, args.trust_remote_code, placing.device)
     _announce(unfinished, model, rows)
     dense = model.num_parameters()
     small = prune_structures(
@@ -185,6 +201,16 @@ def _check_output(args):
     return check_output_dir(args.output, overwrite, inputs, files=MODEL_FILES)
 
 
+def _placing(args, rows):
+    """Where the weights lie; with a model's own code, of which nothing can be sketched, all of it on the device."""
+    from ..evaluation.placing import Placing, device_of, placing_of
+
+    if args.trust_remote_code and args.offload in (None, "none"):
+        device = device_of(args.device)
+        return Placing(device, "none", None, 0, f"the whole model on {device}")
+    return placing_of(args.model, args.dtype, 0 if rows is None else rows.numel(), args.device, args.offload)
+
+
 def _announce(unfinished, model, rows) -> None:
     unfinished.begin(model, rows)
     if unfinished.blocks:
@@ -192,10 +218,14 @@ def _announce(unfinished, model, rows) -> None:
 
 
 def _save(model, tokenizer, output):
+    from ..engines.offload import is_offloaded
+
     output = check_output_dir(output, overwrite=True)
 
     def write(folder):
-        model.save_pretrained(folder)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=".*offloaded modules")  # one file at a time is in memory
+            model.save_pretrained(folder, **({"max_shard_size": "2GB"} if is_offloaded(model) else {}))
         tokenizer.save_pretrained(folder)
 
     write_folder(output, write, before=remove_model_files)
@@ -208,7 +238,7 @@ def _command(args) -> dict:
 
     from .. import __version__
 
-    options = {key: value for key, value in vars(args).items() if key not in ("output", "overwrite")}
+    options = {key: value for key, value in vars(args).items() if key not in ("output", "overwrite", "offload")}
     return {**options, "version of mama_trl": __version__, "version of torch": torch.__version__}
 
 
