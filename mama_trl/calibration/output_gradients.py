@@ -11,7 +11,6 @@ from typing import Callable, Iterator
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
@@ -23,7 +22,8 @@ from ..model.runner import experts_one_by_one
 from ..model.sequences import Sequences, batches
 from ..model.targets import Target
 
-LENGTH = 256  # tokens of a sequence that are read: bounds the logits, which are tokens x vocabulary in fp32
+LENGTH = 256  # tokens of a sequence that are read: bounds the logits, tokens x vocabulary in the model's dtype
+CHUNK = 32  # tokens whose softmax is computed at once, in fp32
 
 
 def output_gradients(
@@ -52,10 +52,23 @@ def output_gradients(
     ):
         parts = [part[:, :LENGTH] for part in batches(sequences, 1, device)]
         for part in tqdm(parts, desc="gradients", disable=not progress, leave=False):
-            logits = call(model, part).logits[:, :-1]
-            functional.cross_entropy(logits.flatten(0, 1).float(), part[:, 1:].flatten(), reduction="sum").backward()
+            logits = call(model, part).logits
+            logits.backward(_gradient_of_loss(logits.detach(), part))
+            del logits
             tokens += part.numel()
     return {name: value / max(tokens, 1) for name, value in sums.items()}
+
+
+def _gradient_of_loss(logits: Tensor, tokens: Tensor) -> Tensor:
+    """Gradient of the summed next-token cross-entropy at the logits, in their dtype: softmax minus one at the next
+    token. A few tokens at a time, so that nothing of the vocabulary's size is held in fp32 for all of them."""
+    gradient = torch.zeros_like(logits)
+    for begin in range(0, tokens.shape[1] - 1, CHUNK):
+        end = min(begin + CHUNK, tokens.shape[1] - 1)
+        part = logits[:, begin:end].float().softmax(-1)
+        following = tokens[:, begin + 1 : end + 1].unsqueeze(-1)
+        gradient[:, begin:end] = part.scatter_add_(-1, following, -torch.ones_like(part[..., :1]))
+    return gradient
 
 
 @contextmanager

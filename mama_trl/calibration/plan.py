@@ -94,18 +94,35 @@ def silenced(whole: nn.Module) -> Iterator[None]:
 
     Given the residual stream as it is behind the attention, the block adds nothing to it there and computes the rest.
     """
-    own = {key: value for key, value in vars(whole).items() if key == "forward"}  # what another library put there
-
     def nothing(*args, **kwargs):
         states = args[0] if args else kwargs["hidden_states"]
         return states.new_zeros(()).expand_as(states), None
 
-    whole.forward = nothing
+    with _computing(whole, nothing):
+        yield
+
+
+@contextmanager
+def uncomputed(layer: nn.Module, width: int) -> Iterator[None]:
+    """A linear layer puts out zeros (..., width), at no cost: its hooks see what it reads all the same."""
+
+    def nothing(inputs: Tensor) -> Tensor:
+        return inputs.new_zeros(()).expand(*inputs.shape[:-1], width)
+
+    with _computing(layer, nothing):
+        yield
+
+
+@contextmanager
+def _computing(module: nn.Module, forward: Callable) -> Iterator[None]:
+    """`module` computes `forward` for a while."""
+    own = {key: value for key, value in vars(module).items() if key == "forward"}  # what another library put there
+    module.forward = forward
     try:
         yield
     finally:
-        del whole.forward  # the class's own is seen again
-        whole.__dict__.update(own)
+        del module.forward  # the class's own is seen again
+        module.__dict__.update(own)
 
 
 def plan_groups(

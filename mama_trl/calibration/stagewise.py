@@ -30,7 +30,7 @@ from ..model.targets import Target
 from ..solvers.problem import Goal, Gram
 from .blockwise import measured_outside
 from .grams import Measured, collect, first_of
-from .plan import INPUT, OUTPUT, LayerGroup, plan_groups, rms, silenced, startable_segments, tokens_of
+from .plan import INPUT, OUTPUT, LayerGroup, plan_groups, rms, silenced, startable_segments, tokens_of, uncomputed
 from .progress import Progress
 from .refine import Refiner
 from .source import BlocksInPlace
@@ -243,9 +243,11 @@ def _measure(
 
     def forward() -> None:
         # Registered here, after the hooks that feed the grams, so that those run first.
-        handles = []
+        handles, muted = [], ExitStack()
         if writer:
             handles.append(writer.module.register_forward_hook(silence, with_kwargs=True))
+            if not group.post:
+                muted.enter_context(uncomputed(writer.module, writer.shape[0]))
             if group.place != OUTPUT:
                 handles.append(block.get_submodule(group.place).register_forward_pre_hook(arrive))
         elif group.last is not None:
@@ -274,6 +276,7 @@ def _measure(
                     wanted = group.norm(streams[group.source][i])
                     pairs.add(tokens_of(wanted), tokens_of(seen["inputs"]))
         finally:
+            muted.close()
             for handle in handles:
                 handle.remove()
 
