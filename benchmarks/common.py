@@ -58,6 +58,12 @@ def resident() -> int:
         return int(file.read().split()[1]) * resource.getpagesize()
 
 
+def highest() -> int:
+    """The most bytes that this process has had in memory; what it was forked from does not count."""
+    with open("/proc/self/status") as file:
+        return next(int(line.split()[1]) * 1024 for line in file if line.startswith("VmHWM"))
+
+
 class PeakMemory:
     """Highest resident memory above that at the start while the block runs, sampled every millisecond."""
 

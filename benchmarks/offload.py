@@ -21,7 +21,7 @@ from benchmarks.common import parser, report
 
 DEPTHS = (6, 30, 60)
 CHILD = """
-import json, resource, sys, time
+import json, sys, time
 from pathlib import Path
 import torch
 from mama_trl import prune
@@ -29,8 +29,8 @@ from mama_trl.evaluation.loading import load_model
 from mama_trl.evaluation.placing import placing_of
 from mama_trl.model.targets import find_targets
 from mama_trl.pruning.placement import LocalPlacement
-import mama_trl.calibration.refine, transformers.models.llama.modeling_llama, accelerate.hooks
-from benchmarks.common import resident
+import transformers.models.llama.modeling_llama, torch._dynamo, accelerate.hooks
+from benchmarks.common import highest, resident
 folder, offload, output, vocabulary = sys.argv[1:5]
 rows = torch.randint(2, int(vocabulary), (16, 128), generator=torch.Generator().manual_seed(0))
 torch.randn(256, 256) @ torch.randn(256, 256)
@@ -41,7 +41,7 @@ model = load_model(folder, device="cpu", device_map=placing.device_map, offload_
 targets = find_targets(model)
 masks = prune(model, rows, sparsity=0.7, placement=LocalPlacement(targets, place), progress=False)
 model.save_pretrained(output, **({"max_shard_size": "200MB"} if offload == "disk" else {}))
-peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+peak = highest()
 print(json.dumps({
     "parameters": sum(p.numel() for p in model.parameters()), "expected": placing.held, "above_start": peak - start,
     "seconds": time.perf_counter() - begun, "sparsity": masks.sparsity(), "digest": masks.digest(),

@@ -89,6 +89,7 @@ def _prune(args, options, method, unfinished, tokenizer, rows) -> None:
     from ..indicators.source import StoredScores
     from ..model.targets import find_targets
     from ..pruning.checks import zeros_of
+    from ..pruning.duration import rough_seconds, told
     from ..pruning.placement import LocalPlacement
     from ..pruning.prune import check_scores, prune
     from ..pruning.resume import OFFLOADED, KeptProgress
@@ -99,7 +100,9 @@ def _prune(args, options, method, unfinished, tokenizer, rows) -> None:
         args.model, args.dtype, args.trust_remote_code, placing.device, placing.device_map, folder
     )
     targets = find_targets(model, options.target_modules, options.exclude_modules, experts=True)
-    print(f"holds {placing.said}")
+    tokens = 0 if rows is None else rows.numel()
+    lasts = rough_seconds(targets, method, tokens, next(model.parameters()).dtype, placing.device)
+    print(f"holds {placing.said}" + (f"; takes about {told(lasts)}, more with --refine" if lasts else ""))
     needed = Criterion(options.weights).sourced or options.budget not in (None, "uniform", "predicted")
     scores = StoredScores(recorded(args.model, model, targets) if needed else {})
     check_scores(options, method, scores, allocated=False)

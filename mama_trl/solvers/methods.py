@@ -31,6 +31,8 @@ class Method:
         summary: what it does, for the command line's help.
         budget: the allocation it uses where none is named; published methods share the sparsity uniformly.
         tunable: whether it takes `scope`, `indicators` and `redistribution`; published methods come as they are.
+        inversions, products: how often a solve inverts a matrix (in, in) and multiplies one (out, in) with it; only
+            for telling how long it will take.
     """
 
     solve: Callable[[LayerProblem], Solution]
@@ -39,6 +41,8 @@ class Method:
     summary: str
     budget: str = "uniform"
     tunable: bool = False
+    inversions: float = 0
+    products: float = 0
 
     def __post_init__(self) -> None:
         if self.needs not in NEEDS:
@@ -94,12 +98,15 @@ METHODS: dict[str, Method] = {
     "magnitude": Method(solve_magnitude, "nothing", "magnitude", "the smallest |w| of each matrix go"),
     "wanda": Method(solve_wanda, "norm", "Wanda", "|w| times the input's norm, within each output row"),
     "sparsegpt": Method(
-        solve_sparsegpt, "gram", "SparseGPT", "column by column, each error compensated in the columns to its right"
+        solve_sparsegpt, "gram", "SparseGPT", "column by column, each error compensated in the columns to its right",
+        inversions=2, products=2,
     ),
-    "alps": Method(solve_alps, "gram", "ALPS", "ADMM on the layer problem with a growing penalty"),
+    "alps": Method(
+        solve_alps, "gram", "ALPS", "ADMM on the layer problem with a growing penalty", inversions=10, products=200
+    ),
     "mama": Method(
         solve_mama, "gram and goal", "MAMA", "mask and redistribution together, towards the dense model's outputs",
-        budget="predicted", tunable=True,
+        budget="predicted", tunable=True, inversions=6, products=25,
     ),
 }
 

@@ -14,8 +14,10 @@ from mama_trl.evaluation.placing import placing_of
 from mama_trl.masks.maskset import MaskSet
 from mama_trl.model.blocks import find_blocks
 from mama_trl.model.targets import find_targets
+from mama_trl.pruning.duration import rough_seconds, told
 from mama_trl.pruning.placement import LocalPlacement
 from mama_trl.pruning.resume import FOLDER, fingerprint
+from mama_trl.solvers.methods import METHODS
 from tests.conftest import tiny
 from tests.pruning import test_resume
 from tests.pruning.test_resume import arguments, kill_after
@@ -135,3 +137,15 @@ def test_heads_are_removed_in_memory(folder, tmp_path, capsys):
     options = ["--pattern", "heads", "--sparsity", "0.5", "--offload", "disk"]
     assert main(["prune", str(folder / "llama"), "--output", str(tmp_path / "out"), *options]) == 2
     assert "`offload` is 'disk'" in capsys.readouterr().err
+
+
+def test_the_time_that_is_told_grows_with_the_work(monkeypatch, saved):
+    monkeypatch.setattr("mama_trl.pruning.duration.speed", lambda dtype, device: 1e9)
+    targets = find_targets(tiny("llama"))
+    time = {name: rough_seconds(targets, METHODS[name], 1000, torch.float32, torch.device("cpu")) for name in METHODS}
+    assert 0 == time["magnitude"] < time["wanda"] < time["sparsegpt"] < time["mama"] < time["alps"]
+    assert rough_seconds(targets, METHODS["wanda"], 2000, torch.float32, torch.device("cpu")) == 2 * time["wanda"]
+    # By hand: two passes of 1000 tokens through all weights at 1e9 operations a second, of which four fifths are reached.
+    weights = sum(target.shape[0] * target.shape[1] for target in targets)
+    assert time["wanda"] == pytest.approx(2 * 1000 * 2 * weights / 1e9 / 0.8)
+    assert (told(0.2), told(80), told(100), told(6000)) == ("1 seconds", "80 seconds", "2 minutes", "2 hours")
