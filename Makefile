@@ -37,6 +37,6 @@ test-slow: setup
 
 bench: setup
 	mkdir -p runs/bench
-	for name in selection overhead layer_error oneshot structures budget_trust; do \
+	for name in selection overhead layer_error oneshot structures budget_trust offload; do \
 		$(VENV)/bin/python -m benchmarks.$$name --output runs/bench/$$name.json || exit 1; \
 	done
