@@ -3,7 +3,7 @@
     python -m benchmarks.offload --output offload.json [--model DIR]      # DIR as well, such as runs/smollm2
 
 Random Llamas of SmolLM2-135M's widths (hidden 576, MLP 1536, vocabulary 4096, bf16) with 6, 30 and 60 blocks are pruned
-by MAMA to 0.7 on 16 x 128 random tokens, each in a process of its own. `above_start` is the peak of that process's
+by MAMA to 0.7 on 8 x 128 random tokens, each in a process of its own. `above_start` is the peak of that process's
 resident memory above what it had once everything was imported; `seconds` are the clock's. The summary says how much the
 peak grows from 6 to 60 blocks, per billion parameters.
 """
@@ -32,7 +32,7 @@ from mama_trl.pruning.placement import LocalPlacement
 import transformers.models.llama.modeling_llama, torch._dynamo, accelerate.hooks
 from benchmarks.common import highest, resident
 folder, offload, output, vocabulary = sys.argv[1:5]
-rows = torch.randint(2, int(vocabulary), (16, 128), generator=torch.Generator().manual_seed(0))
+rows = torch.randint(2, int(vocabulary), (8, 128), generator=torch.Generator().manual_seed(0))
 torch.randn(256, 256) @ torch.randn(256, 256)
 start, begun = resident(), time.perf_counter()
 placing = placing_of(folder, "auto", rows.numel(), "cpu", offload)

@@ -25,7 +25,8 @@ STATISTICS = {  # name: what a training run records of each connection
     "reward": "root mean square of w*g of the GRPO loss",
 }
 RECORDED_BUDGETS = ("sensitivity", "curvature", "reward")  # what a training run records, or its optimizer keeps
-BUDGETS = ("uniform", "predicted", *RECORDED_BUDGETS)
+ONE_SHOT_BUDGETS = ("predicted", "measured")  # passes over the dense model
+BUDGETS = ("uniform", *ONE_SHOT_BUDGETS, *RECORDED_BUDGETS)
 SCOPES = ("matrix", "row", "global")
 SCHEDULES = {  # name: when masks are computed; all but oneshot and hold are ramps (training/schedule.py)
     "oneshot": "one mask at mask_start",
@@ -138,8 +139,9 @@ class PruningOptions:
         default=None,
         metadata={
             "help": "Allocation, how the sparsity is shared among matrices: uniform; predicted (by what losing each "
-            "connection would cost, from a few calibration sequences, one-shot only); sensitivity, curvature or "
-            "reward, as training recorded them. Default: predicted in one-shot pruning by mama, sensitivity in "
+            "connection would cost, from a few calibration sequences, one-shot only); measured (each matrix pruned "
+            "alone at six sparsities: many times as long, one-shot only); sensitivity, curvature or reward, "
+            " as training recorded them. Default: predicted in one-shot pruning by mama, sensitivity in "
             "training, reward in GRPO, and uniform with N:M and scope global."
         },
     )
@@ -147,7 +149,7 @@ class PruningOptions:
         default=None,
         metadata={
             "help": f"Share of the budget's own allocation, the rest uniform. Default: {RECORDED_BLEND} for what "
-            "training recorded; for predicted it falls with the sparsity."
+            "training recorded; for predicted and measured it falls with the sparsity."
         },
     )
     redistribution: str = field(
@@ -295,9 +297,9 @@ class MamaConfig(PruningOptions):
         check_fields(self, MamaConfig)
         super().__post_init__()
         check_choice(self.mask_schedule, SCHEDULES, "mask_schedule")
-        if self.budget == "predicted":
+        if self.budget in ONE_SHOT_BUDGETS:
             raise MamaError(
-                "`budget` is 'predicted', passes over the dense model for one-shot pruning: in training use "
+                f"`budget` is {self.budget!r}, passes over the dense model for one-shot pruning: in training use "
                 "sensitivity, which is recorded anyway."
             )
         if self.refine:

@@ -37,7 +37,7 @@ def test_every_indicator_has_a_formula_or_a_rule():
     assert set(config.STATISTICS) == set(RULES) and not set(COMPUTED) & set(RULES)
     assert config.READS_INPUTS <= set(COMPUTED)
     assert set(config.RECORDED_BUDGETS) <= set(RULES) | from_optimizer
-    assert set(config.BUDGETS) == {"uniform", "predicted", *config.RECORDED_BUDGETS}
+    assert set(config.BUDGETS) == {"uniform", *config.ONE_SHOT_BUDGETS, *config.RECORDED_BUDGETS}
 
 
 def test_every_redistribution_moves_and_every_schedule_has_its_ramp():

@@ -6,7 +6,9 @@ runs one block many times or changes it says so by `readable` and `give_back`; w
 nothing.
 """
 
+import ctypes
 import os
+import sys
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Iterator
@@ -15,6 +17,9 @@ import torch
 from accelerate.hooks import AlignDevicesHook, SequentialHook
 from safetensors.torch import save_file
 from torch import nn
+
+# glibc keeps what is freed, in pieces that the next block's tensors do not fit: the system gets them back.
+_TRIM = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
 
 
 def _hooks(module: nn.Module) -> list[tuple[nn.Module, AlignDevicesHook]]:
@@ -56,9 +61,12 @@ def fetch(module: nn.Module) -> list[tuple[nn.Module, AlignDevicesHook]]:
 
 
 def drop(own: list[tuple[nn.Module, AlignDevicesHook]]) -> None:
+    """Drops weights that `fetch` has brought in, and what was changed of them."""
     for inner, hook in own:
         hook.offload = True
         hook.post_forward(inner, None)
+    if own and _TRIM is not None:
+        _TRIM(0)
 
 
 def give_back(own: list[tuple[nn.Module, AlignDevicesHook]], file: Path) -> None:

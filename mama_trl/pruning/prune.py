@@ -3,6 +3,7 @@
 import logging
 from contextlib import closing
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Iterator, Optional
@@ -13,13 +14,14 @@ from torch import Tensor, nn
 
 from ..calibration.blockwise import blockwise, unmeasured
 from ..calibration.grams import Measured
+from ..calibration.measured import measured_losses
 from ..calibration.output_gradients import output_gradients
 from ..calibration.progress import Progress
 from ..calibration.refine import Refiner
 from ..calibration.source import FetchedBlocks
 from ..calibration.stagewise import stagewise
 from ..calibration.worth import input_worths
-from ..config import RECORDED_BLEND, RECORDED_BUDGETS, PruningOptions, check_choice
+from ..config import ONE_SHOT_BUDGETS, RECORDED_BLEND, RECORDED_BUDGETS, PruningOptions, check_choice
 from ..engines.offload import is_offloaded, readable
 from ..errors import MamaError
 from ..indicators.combine import Criterion
@@ -122,8 +124,8 @@ def check_method(options: PruningOptions, method: Method, calibration: bool) -> 
             )
     if options.scope == "global":
         raise MamaError("`scope` is 'global', which one-shot pruning has not: use matrix with a `budget`, or row.")
-    reader = f"method {method.label}" if method.needs != "nothing" else "budget predicted"
-    if not calibration and (method.needs != "nothing" or options.budget == "predicted"):
+    reader = f"method {method.label}" if method.needs != "nothing" else f"budget {options.budget}"
+    if not calibration and (method.needs != "nothing" or options.budget in ONE_SHOT_BUDGETS):
         raise MamaError(f"`calibration` is missing: {reader} measures activations: give token ids, or a text file.")
 
 
@@ -134,7 +136,7 @@ def check_scores(options: PruningOptions, method: Method, scores: ScoreSource, a
         asked.append(("budget", options.budget))
     for option, name in asked:
         if name not in scores.names():
-            have = ["uniform", "predicted"] if option == "budget" else ["activation", "magnitude"]
+            have = ["uniform", *ONE_SHOT_BUDGETS] if option == "budget" else ["activation", "magnitude"]
             raise MamaError(
                 f"`{option}` has {name!r}, which no training run left beside this model: use one of "
                 f"{', '.join([*have, *scores.names()])}."
@@ -159,10 +161,26 @@ def _allocated(
     if budget == "predicted":
         histograms = predicted_losses(model, calibration, targets, batch_size, progress)
         shares = shares_by_loss(histograms, sizes, options.sparsity, options.budget_blend)
+    elif budget == "measured":
+        solve = partial(_alone, method, options, scores)
+        histograms = measured_losses(model, calibration, targets, options.sparsity, solve, batch_size, progress)
+        shares = shares_by_loss(histograms, sizes, options.sparsity, options.budget_blend)
     else:
         blend = RECORDED_BLEND if options.budget_blend is None else options.budget_blend
         shares = allocate([scores.whole(budget, target) for target in targets], sizes, options.sparsity, blend)
     return {target.name: share for target, share in zip(targets, shares)}
+
+
+def _alone(
+    method: Method, options: PruningOptions, scores: ScoreSource, target: Target, inputs: Gram, sparsity: float
+) -> Solution:
+    """What the method makes of one matrix of the dense model."""
+    criterion = Criterion(options.weights)
+    return method.solve(LayerProblem(
+        target.matrix.float(), None if target.bias is None else target.bias.detach().float(), sparsity,
+        by_row=options.scope == "row", inputs=inputs, redistribution=options.redistribution, criterion=criterion,
+        scores={name: scores.whole(name, target) for name in criterion.sourced},
+    ))
 
 
 def predicted_losses(

@@ -4,7 +4,7 @@ import argparse
 import warnings
 from contextlib import contextmanager
 
-from ..config import check_choice, check_sparsity
+from ..config import RECORDED_BUDGETS, check_choice, check_sparsity
 from ..disk.folders import check_output_dir
 from ..disk.lock import locked
 from ..disk.removal import MODEL_FILES, remove_model_files
@@ -23,8 +23,8 @@ while it runs: after a kill the same command goes on from there.
   mama prune MODEL --pattern neurons --sparsity 0.5 --calibration text.txt --output smaller
 
 removes the same share of MLP neurons (or heads) from every layer: OUTPUT is a smaller dense model without masks.
-Indicators and budgets other than magnitude, activation, uniform and predicted are read from what a training run left
-beside MODEL: statistics in MODEL/mama, Adam's second moments in a checkpoint's optimizer.pt."""
+Indicators and budgets other than magnitude, activation, uniform, predicted and measured are read from what a training
+run left beside MODEL: statistics in MODEL/mama, Adam's second moments in a checkpoint's optimizer.pt."""
 STRUCTURES = ("heads", "neurons")
 
 
@@ -103,7 +103,7 @@ def _prune(args, options, method, unfinished, tokenizer, rows) -> None:
     tokens = 0 if rows is None else rows.numel()
     lasts = rough_seconds(targets, method, tokens, next(model.parameters()).dtype, placing.device)
     print(f"holds {placing.said}" + (f"; takes about {told(lasts)}, more with --refine" if lasts else ""))
-    needed = Criterion(options.weights).sourced or options.budget not in (None, "uniform", "predicted")
+    needed = Criterion(options.weights).sourced or options.budget in RECORDED_BUDGETS
     scores = StoredScores(recorded(args.model, model, targets) if needed else {})
     check_scores(options, method, scores, allocated=False)
     progress = True

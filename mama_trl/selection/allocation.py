@@ -1,5 +1,6 @@
 """How the total sparsity is shared among matrices: the allocation (the option `budget`)."""
 
+import itertools
 from typing import Optional
 
 import torch
@@ -90,6 +91,7 @@ def allocate(
 
 BINS = 1 << 13  # of a histogram of non-negative fp32 numbers: exponent and five bits of the mantissa, 3 % apart
 _PER_OCTAVE = 32
+STEPS = 32  # between two measured densities
 _CHUNK = 1 << 20  # connections handled at once: bounds the extra memory
 
 
@@ -108,6 +110,31 @@ def matrix_histogram(weight: Tensor, output_gradient: Tensor, input_worth: Tenso
         loss = part.float().square() * gradient.unsqueeze(1) * input_worth
         counts += torch.bincount(loss.clamp_(0, 3e38).reshape(-1).view(torch.int32) >> 18, minlength=BINS)
     return counts
+
+
+def curve_histogram(densities: list[float], losses: list[float], size: int) -> Tensor:
+    """What `matrix_histogram` gives, from the losses of a whole matrix at some densities (rising, below 1).
+
+    Between two of them the loss is taken to fall geometrically, up to density 1, where there is none, in a straight
+    line; a connection's loss is what the curve falls by where the connection is added. Connections below the lowest
+    density count as ten times as dear as the dearest measured one, and a curve that rises is flattened: the more is
+    kept, the less the next one is worth.
+    """
+    points = [*densities, 1.0]
+    values = [max(loss, 1e-12) for loss in losses]
+    steps = [(densities[0] * size, 0.0)]  # (connections, loss of each), from the dearest
+    for place, (low, high) in enumerate(zip(points, points[1:])):
+        edges = torch.linspace(low, high, STEPS + 1, dtype=torch.float64)
+        part = (edges - low) / (high - low)
+        last = place == len(densities) - 1
+        curve = values[place] * (1 - part if last else (values[place + 1] / values[place]) ** part)
+        number = (high - low) * size / STEPS
+        steps += [(number, max(float(fall) / number, 0.0)) for fall in curve[:-1] - curve[1:]]
+    dear = list(itertools.accumulate([loss for _, loss in reversed(steps[1:])], max))[::-1]
+    counts = torch.zeros(BINS, dtype=torch.float64)
+    for (number, _), loss in zip(steps, [10 * dear[0], *dear]):
+        counts[int(torch.tensor(loss, dtype=torch.float32).clamp(0, 3e38).view(torch.int32)) >> 18] += number
+    return counts.round().long()
 
 
 def trust(sparsity: float) -> tuple[float, float]:

@@ -145,7 +145,7 @@ def test_the_time_that_is_told_grows_with_the_work(monkeypatch, saved):
     time = {name: rough_seconds(targets, METHODS[name], 1000, torch.float32, torch.device("cpu")) for name in METHODS}
     assert 0 == time["magnitude"] < time["wanda"] < time["sparsegpt"] < time["mama"] < time["alps"]
     assert rough_seconds(targets, METHODS["wanda"], 2000, torch.float32, torch.device("cpu")) == 2 * time["wanda"]
-    # By hand: two passes of 1000 tokens through all weights at 1e9 operations a second, of which four fifths are reached.
+    # By hand: two passes of 1000 tokens through all weights at 1e9 operations a second, four fifths of it reached.
     weights = sum(target.shape[0] * target.shape[1] for target in targets)
     assert time["wanda"] == pytest.approx(2 * 1000 * 2 * weights / 1e9 / 0.8)
     assert (told(0.2), told(80), told(100), told(6000)) == ("1 seconds", "80 seconds", "2 minutes", "2 hours")
