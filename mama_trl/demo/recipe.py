@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, Optional
 
 from ..config import check_sparsity
-from ..disk.paths import is_file
+from ..disk.paths import expanded, is_file
 from ..disk.yaml_files import read_settings
 from ..errors import MamaError, shown
 from ..fields import Count, Range, Seed, Share, check_mapping
@@ -119,6 +119,8 @@ class RunConfig:
             if values.get(name, {}) is None:
                 values[name] = {}
         config = cls(**{"output_dir": f"runs/{stem}", **check_mapping(values, cls, where)})
+        if config.output_dir.startswith("~"):  # which no shell has resolved in a recipe
+            config.output_dir = str(expanded(config.output_dir))
         check_sparsity(config.sparsity)
         config.data = DataConfig(**check_mapping(sections["data"], DataConfig, f"{where}, section data"))
         config.data.check(f"{where}, section data")
