@@ -51,7 +51,7 @@ def damage(path, how):
 
 def test_state_json_lists_all_that_resuming_reads(run):
     assert {name.rpartition("/")[2] for name in files_of(run / "checkpoint-4")} >= {
-        "model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json",
+        "model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json", "config.json",
         "masks.safetensors", "statistics.safetensors",
     }
     assert "mama/inputs.safetensors" in files_of(run / "checkpoint-2")
