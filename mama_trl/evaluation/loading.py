@@ -119,7 +119,7 @@ def load_model(source: str, dtype: str = "auto", trust_remote_code: bool = False
     """A causal language model in evaluation mode, on the GPU if there is one.
 
     Raises:
-        MamaError: nothing can be loaded, or weights are missing, left over or of another shape.
+        MamaError: nothing can be loaded, or weights are missing, left over, of another shape, NaN or infinite.
     """
     import torch
     from transformers import AutoModelForCausalLM
@@ -133,7 +133,20 @@ def load_model(source: str, dtype: str = "auto", trust_remote_code: bool = False
             trust_remote_code=trust_remote_code,
         )
     check_report(source, report)
-    return model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
+    model = model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
+    check_finite(source, model)
+    return model
+
+
+def check_finite(source: str, model: Any) -> None:
+    """Raises `MamaError` for a loaded model of which a weight is NaN or infinite: whatever is measured or learned from
+    it would be too."""
+    from ..engines.counts import some_not_finite
+
+    # Weights of one byte are scaled by others, and most have no infinity.
+    bad = some_not_finite({name: p.detach() for name, p in model.named_parameters() if p.element_size() > 1})
+    if bad is not None:
+        raise MamaError(f"{bad} of {source} holds NaN or infinity: give a model, or a checkpoint, of finite weights.")
 
 
 def _loaded(what: str, source: str, load: Any, **options) -> Any:
