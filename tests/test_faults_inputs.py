@@ -73,6 +73,11 @@ DEMO = [
     ("grpo.mask_start", float("nan")), ("grpo.mask_start", 1000), ("grpo.mask_start", -1), ("grpo.budget", "x"),
     ("grpo.num_generations", 3), ("grpo.num_generations", 1), ("grpo.sparsity", 2), ("grpo.use_vllm", True),
     ("grpo.statistics", "speed"), ("grpo.target_modules", "("), ("grpo.max_steps", 0), ("grpo.loss_type", "x"),
+    ("sparsity", 0), ("grpo.sparsity", 0.5), ("grpo.sparsity", 0), ("grpo.mask_schedule", "hold"),
+    ("grpo.calibration_tokens", 512), ("grpo.target_modules", "zzz"), ("grpo.exclude_modules", ".*"),
+    ("grpo.indicators", "movement"),
+    ("distill.target_modules", "zzz"), ("distill.sparsity", 0.95), ("distill.pattern", "2:4"),
+    ("distill.pattern", "3:7"),
     ("distill.temperature", 0), ("distill.temperature", float("nan")), ("distill.cross_entropy_weight", -1),
     ("distill.mask_schedule", "x"), ("distill.teacher_model_name_or_path", "x"), ("distill.max_steps", 2.5),
 ]
@@ -91,6 +96,26 @@ def test_a_recipe_that_makes_no_sense_leaves_nothing_behind(recipe, tmp_path, ha
         theirs = ("lr_scheduler_kwargs", "report_to", "optim", "rope_parameters")  # in others' words
         assert section in said and (key in said or key in theirs or (key, value) == ("output_dir", ""))
         refused(capsys, "run", path, "--overwrite")
+
+
+@pytest.mark.parametrize("grpo, model, sparsity, said", [
+    ({"pattern": "2:4"}, {}, 0.8, "`pattern` 2:4 prunes 0.5"), ({"pattern": "3:7"}, {}, 4 / 7, "no multiple of 7"),
+    ({"scope": "row"}, {"hidden_size": 16, "intermediate_size": 16}, 0.99, "use at most 0.9375"),
+    ({"redistribution": "bias"}, {"attention_bias": False, "mlp_bias": False}, 0.8, "no layer to prune has one"),
+])
+def test_masks_that_the_model_cannot_have_are_refused_before_any_stage(
+    recipe, tmp_path, halted, capsys, grpo, model, sparsity, said
+):
+    recipe["grpo"] = {"max_steps": 60, "mask_start": 10, "per_device_train_batch_size": 8, **grpo}
+    recipe["model"].update(model)
+    path = tmp_path / "recipe.yaml"
+    path.write_text(yaml.safe_dump({**recipe, "sparsity": sparsity}))
+    with unchanged(tmp_path):
+        assert said in refused(capsys, "run", path)
+    recipe["grpo"] = {**recipe["grpo"], "pattern": "2:4", "scope": "matrix", "redistribution": "none"}
+    path.write_text(yaml.safe_dump({**recipe, "sparsity": 0.5}))
+    with pytest.raises(Reached):
+        main(["run", str(path)])
 
 
 def test_the_demos_own_recipe_and_its_words_are_fine(recipe, tmp_path, halted):

@@ -121,7 +121,8 @@ class RunConfig:
         config = cls(**{"output_dir": f"runs/{stem}", **check_mapping(values, cls, where)})
         if config.output_dir.startswith("~"):  # which no shell has resolved in a recipe
             config.output_dir = str(expanded(config.output_dir))
-        check_sparsity(config.sparsity)
+        if not check_sparsity(config.sparsity):
+            raise MamaError("`sparsity` is 0, which leaves a run nothing to prune: try 0.8.")
         config.data = DataConfig(**check_mapping(sections["data"], DataConfig, f"{where}, section data"))
         config.data.check(f"{where}, section data")
         config.model = check_mapping(sections["model"], ModelShape, f"{where}, section model")
