@@ -1,13 +1,15 @@
 """Recipes, flags and data that make no sense: one sentence in the first second, and nothing left behind."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
+import torch
 import yaml
 
 from mama_trl.cli import main
 from mama_trl.compare import comparison
-from mama_trl.demo import pipeline
+from mama_trl.demo import facts, pipeline
 from mama_trl.demo.recipe import DataConfig, ModelShape, RunConfig
 from mama_trl.demo.run import Run
 from mama_trl.evaluation import loading
@@ -345,3 +347,12 @@ def test_a_text_with_tokens_that_the_model_does_not_know(tmp_path, capsys):
     tiny_model(place / "model", vocab_size=290)  # the tokenizer's special tokens end there; a text may have all
     with unchanged(place):
         assert "vocab_size" in refused(capsys, *command_line(place, "evaluate"))
+
+
+def test_a_run_that_keeps_no_sampled_connection_has_curves(monkeypatch):
+    """At 0.9999 of a small model the report would come to nothing, after all the stages."""
+    history = [{"stage": "sft", "step": 1, "values": [0.5, 1.0]}]
+    monkeypatch.setattr(facts, "read_history", lambda folder: history)
+    monkeypatch.setattr(facts, "take_sample", lambda masks: torch.zeros(2, dtype=torch.bool))
+    curves = facts.trajectory_curves("", SimpleNamespace(names=[]))
+    assert curves["kept"] == curves["kept_p90"] == [0.0] and curves["pruned"] == [0.75]
