@@ -442,6 +442,25 @@ def test_a_refusal_after_the_model_is_loaded_leaves_nothing_either(tmp_path, cap
         assert "removes none" in refused(capsys, *argv, "--pattern", "neurons", "--sparsity", "0.001")
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("name", ["model.norm.weight", "model.layers.1.mlp.up_proj.weight"])
+def test_nothing_is_measured_or_learned_of_weights_that_are_no_numbers(tmp_path, capsys, name, value):
+    place = furnish(tmp_path)
+    path = place / "teacher" / "model.safetensors"
+    weights = load_file(path)
+    weights[name].view(-1)[3] = value
+    save_file(weights, path, {"format": "pt"})
+    for command in ("prune", "evaluate", "levels", "ablation", "distill"):
+        argv = command_line(place, command)
+        if command == "distill":
+            argv[-2:-2] = ["--mask_schedule", "oneshot"]
+        else:
+            argv[1] = str(place / "teacher")
+        with unchanged(place):
+            said = refused(capsys, *argv)
+        assert name in said and "NaN or infinity" in said, command
+
+
 def test_a_generation_config_that_could_not_be_saved_is_said_before_training(tmp_path, capsys):
     place = furnish(tmp_path)
     (place / "model" / "generation_config.json").write_text('{"temperature": -5, "eos_token_id": 7}')

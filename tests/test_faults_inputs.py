@@ -1,13 +1,15 @@
 """Recipes, flags and data that make no sense: one sentence in the first second, and nothing left behind."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
+import torch
 import yaml
 
 from mama_trl.cli import main
 from mama_trl.compare import comparison
-from mama_trl.demo import pipeline
+from mama_trl.demo import facts, pipeline
 from mama_trl.demo.recipe import DataConfig, ModelShape, RunConfig
 from mama_trl.demo.run import Run
 from mama_trl.evaluation import loading
@@ -73,6 +75,11 @@ DEMO = [
     ("grpo.mask_start", float("nan")), ("grpo.mask_start", 1000), ("grpo.mask_start", -1), ("grpo.budget", "x"),
     ("grpo.num_generations", 3), ("grpo.num_generations", 1), ("grpo.sparsity", 2), ("grpo.use_vllm", True),
     ("grpo.statistics", "speed"), ("grpo.target_modules", "("), ("grpo.max_steps", 0), ("grpo.loss_type", "x"),
+    ("sparsity", 0), ("grpo.sparsity", 0.5), ("grpo.sparsity", 0), ("grpo.mask_schedule", "hold"),
+    ("grpo.calibration_tokens", 512), ("grpo.target_modules", "zzz"), ("grpo.exclude_modules", ".*"),
+    ("grpo.indicators", "movement"),
+    ("distill.target_modules", "zzz"), ("distill.sparsity", 0.95), ("distill.pattern", "2:4"),
+    ("distill.pattern", "3:7"),
     ("distill.temperature", 0), ("distill.temperature", float("nan")), ("distill.cross_entropy_weight", -1),
     ("distill.mask_schedule", "x"), ("distill.teacher_model_name_or_path", "x"), ("distill.max_steps", 2.5),
 ]
@@ -91,6 +98,26 @@ def test_a_recipe_that_makes_no_sense_leaves_nothing_behind(recipe, tmp_path, ha
         theirs = ("lr_scheduler_kwargs", "report_to", "optim", "rope_parameters")  # in others' words
         assert section in said and (key in said or key in theirs or (key, value) == ("output_dir", ""))
         refused(capsys, "run", path, "--overwrite")
+
+
+@pytest.mark.parametrize("grpo, model, sparsity, said", [
+    ({"pattern": "2:4"}, {}, 0.8, "`pattern` 2:4 prunes 0.5"), ({"pattern": "3:7"}, {}, 4 / 7, "no multiple of 7"),
+    ({"scope": "row"}, {"hidden_size": 16, "intermediate_size": 16}, 0.99, "use at most 0.9375"),
+    ({"redistribution": "bias"}, {"attention_bias": False, "mlp_bias": False}, 0.8, "no layer to prune has one"),
+])
+def test_masks_that_the_model_cannot_have_are_refused_before_any_stage(
+    recipe, tmp_path, halted, capsys, grpo, model, sparsity, said
+):
+    recipe["grpo"] = {"max_steps": 60, "mask_start": 10, "per_device_train_batch_size": 8, **grpo}
+    recipe["model"].update(model)
+    path = tmp_path / "recipe.yaml"
+    path.write_text(yaml.safe_dump({**recipe, "sparsity": sparsity}))
+    with unchanged(tmp_path):
+        assert said in refused(capsys, "run", path)
+    recipe["grpo"] = {**recipe["grpo"], "pattern": "2:4", "scope": "matrix", "redistribution": "none"}
+    path.write_text(yaml.safe_dump({**recipe, "sparsity": 0.5}))
+    with pytest.raises(Reached):
+        main(["run", str(path)])
 
 
 def test_the_demos_own_recipe_and_its_words_are_fine(recipe, tmp_path, halted):
@@ -320,3 +347,12 @@ def test_a_text_with_tokens_that_the_model_does_not_know(tmp_path, capsys):
     tiny_model(place / "model", vocab_size=290)  # the tokenizer's special tokens end there; a text may have all
     with unchanged(place):
         assert "vocab_size" in refused(capsys, *command_line(place, "evaluate"))
+
+
+def test_a_run_that_keeps_no_sampled_connection_has_curves(monkeypatch):
+    """At 0.9999 of a small model the report would come to nothing, after all the stages."""
+    history = [{"stage": "sft", "step": 1, "values": [0.5, 1.0]}]
+    monkeypatch.setattr(facts, "read_history", lambda folder: history)
+    monkeypatch.setattr(facts, "take_sample", lambda masks: torch.zeros(2, dtype=torch.bool))
+    curves = facts.trajectory_curves("", SimpleNamespace(names=[]))
+    assert curves["kept"] == curves["kept_p90"] == [0.0] and curves["pruned"] == [0.75]

@@ -198,7 +198,8 @@ def some_yaml(value) -> str:
 
 
 @MANY
-def test_files_of_settings(place, halted, capsys, many):
+def test_files_of_settings(place, halted, capsys, monkeypatch, many):
+    monkeypatch.chdir(place)
     names = [*NAMES, *NAMES, *EVERY, "dataset_name", "teacher_model_name_or_path", "overwrite", "reward_funcs", "env"]
 
     @both_suites("yaml")
@@ -223,7 +224,8 @@ def test_files_of_settings(place, halted, capsys, many):
 
 
 @MANY
-def test_recipes(place, halted, capsys, many):
+def test_recipes(place, halted, capsys, monkeypatch, many):
+    monkeypatch.chdir(place)  # where an output_dir such as "false" lies
     recipe = yaml.safe_load((ROOT / "configs" / "demo.yaml").read_text())
     places = [(None, name) for name in recipe] + [
         (name, inner) for name, section in recipe.items() if isinstance(section, dict) for inner in section

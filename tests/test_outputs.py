@@ -13,6 +13,7 @@ import yaml
 
 from mama_trl.cli import COMMANDS, TRAINING, main
 from mama_trl.compare import comparison
+from mama_trl.demo import claim as claim_module
 from mama_trl.demo import pipeline
 from mama_trl.demo.claim import claim
 from mama_trl.demo.names import PICTURES, RUN_NAMES
@@ -140,7 +141,7 @@ def test_a_config_beside_the_outputs_is_fine(place, halted):
 
 @pytest.mark.parametrize("output", [
     "{p}/train.txt", "{p}/model/config.json", "{p}/model/model.safetensors", "{p}/model/new.json", "{p}/model",
-    "{p}/none/x.json",
+    "{p}/none/x.json", "~nosuchuser/x.json",
     "{p}/linked.json", "/dev/null", "/dev/stdout", "", "{p}/" + "x" * 300, "{p}/hard.txt", "{p}/train.txt/x.json",
 ])
 def test_evaluate_writes_its_numbers_over_nothing(place, halted, capsys, output):
@@ -148,6 +149,22 @@ def test_evaluate_writes_its_numbers_over_nothing(place, halted, capsys, output)
     os.link(place / "train.txt", place / "hard.txt")
     with unchanged(place):
         refused(capsys, *with_output(command_line(place, "evaluate"), output.format(p=place)))
+
+
+def test_a_home_folder_is_the_same_for_checks_and_for_what_is_written(place, monkeypatch):
+    """Also where no shell has resolved its sign: in `--json=~/x`, or in a recipe."""
+    monkeypatch.setenv("HOME", str(place / "work"))
+    monkeypatch.chdir(place)
+    assert main([*command_line(place, "evaluate")[:-2], "--json=~/numbers.json"]) == 0
+    assert (place / "work" / "numbers.json").is_file()
+    recipe = yaml.safe_load((ROOT / "configs" / "demo.yaml").read_text())
+    (place / "recipe.yaml").write_text(yaml.safe_dump({**recipe, "output_dir": "~/run"}))
+    stages = []
+    monkeypatch.setattr(pipeline, "_stages", lambda run: stages.append(run) or 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        main(["run", str(place / "recipe.yaml")])
+    assert stages[0].folder == place / "work" / "run" and (stages[0].folder / "run.json").is_file()
+    assert not (place / "~").exists()
 
 
 def test_a_place_for_json_that_cannot_be_written_is_said_first(place, halted, capsys, monkeypatch):
@@ -158,7 +175,9 @@ def test_a_place_for_json_that_cannot_be_written_is_said_first(place, halted, ca
 
 
 @pytest.mark.parametrize("command", WITH_FOLDER)
-@pytest.mark.parametrize("name", ["", " ", "{p}/" + "x" * 300, "{p}/train.txt/new", "{p}/\ud800", "x\0y"])
+@pytest.mark.parametrize("name", [
+    "", " ", "{p}/" + "x" * 300, "{p}/train.txt/new", "{p}/\ud800", "x\0y", "~nosuchuser/x",
+])
 def test_names_that_no_folder_can_have(shared, halted, capsys, command, name):
     with unchanged(shared):
         refused(capsys, *with_output(command_line(shared, command), name.format(p=shared)))
@@ -409,6 +428,30 @@ def test_overwriting_deletes_what_a_run_wrote_and_only_that(recipe, halted, capl
             main(["run", str(recipe), "--overwrite"])
     assert sorted(tree(folder)) == ["notes.txt", "pictures", "pictures/cat.png", "run.json", "sft", "sft/notes.txt"]
     assert "keeps what no run wrote" in caplog.text
+
+
+def test_a_run_that_is_named_through_a_link_is_overwritten_too(recipe, halted, capsys, monkeypatch):
+    """Its finished stages would pass for the new run's."""
+    folder = finished_run(recipe)
+    os.symlink(folder, recipe.parent / "linked")
+    argv = ["run", str(recipe), "--overwrite", "--output_dir", str(recipe.parent / "linked")]
+    monkeypatch.setattr(claim_module, "remove_written", lambda *_: [folder / "baselines" / "stage.json"])
+    assert "cannot be deleted" in refused(capsys, *argv)
+    monkeypatch.undo()
+    monkeypatch.setattr(pipeline, "_stages", lambda run: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        main(argv)
+    assert sorted(tree(folder)) == ["run.json"] and (recipe.parent / "linked").is_symlink()
+
+
+def test_a_kill_while_the_old_run_is_deleted_leaves_a_folder_of_ours(recipe, halted, monkeypatch):
+    folder = finished_run(recipe)
+    monkeypatch.setattr(claim_module, "write_json", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        main(["run", str(recipe), "--overwrite"])
+    monkeypatch.undo()
+    assert sorted(tree(folder)) == ["run.json"]
+    claim(RunConfig.read(recipe), overwrite=True)
 
 
 def _refusal_of_run(recipe: Path, *flags) -> str:

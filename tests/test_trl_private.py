@@ -15,6 +15,7 @@ CONSEQUENCES = {
     trl_private.TRAIN_TOKENS: "distillation could not count its tokens",
     trl_private.TP_SIZE: "distillation could not count its tokens",
     trl_private.LAST_LOADED: "a vLLM sampler would answer with unpruned weights after a mask update",
+    trl_private.REWARDS: "rewards that are no numbers would go by",
     trl_private.TAGS: "model cards would lack their tags",
     trl_private.NAME: "model cards would lack their title",
     trl_private.DICT_FIELDS: "the command line could not give mappings as JSON",

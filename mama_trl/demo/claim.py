@@ -10,7 +10,7 @@ from ..disk.paths import check_not_written
 from ..disk.removal import remove_written
 from ..disk.writing import write_json
 from ..errors import MamaError, first_line
-from .names import RUN_FILE, RUN_NAMES
+from .names import RUN_FILE, RUN_NAMES, STAGE_FILE
 from .recipe import FORMAT, RunConfig
 
 logger = logging.getLogger(__name__)
@@ -20,7 +20,7 @@ _A_MODELS = ("config.json", "model.safetensors", "model.safetensors.index.json",
 def check_folder(config: RunConfig, recipe: str | Path, overwrite: bool) -> None:
     """Raises `MamaError` if the run cannot have its output folder; changes nothing."""
     check_output_dir(config.output_dir, True, {"the recipe": recipe}, beside=("the recipe",))
-    folder = Path(config.output_dir).expanduser()
+    folder = Path(config.output_dir)
     here = Path.cwd()
     if folder.resolve() in (here, *here.parents, Path.home().resolve()):
         raise MamaError(f"`output_dir` is {folder}, in which all your work lies: give the run a folder of its own.")
@@ -33,15 +33,21 @@ def claim(config: RunConfig, overwrite: bool) -> None:
     """Writes run.json, with `overwrite` after deleting what an earlier run wrote.
 
     Raises:
-        MamaError: the folder holds something else, or a run of other settings that `overwrite` does not give up.
+        MamaError: the folder holds something else, or a run of other settings that `overwrite` does not give up; or a
+            finished stage of the earlier run cannot be deleted, which would pass for this run's.
     """
-    folder = Path(config.output_dir).expanduser()
+    folder = Path(config.output_dir)
     earlier = _check_earlier(folder, config, overwrite)
     if earlier is not None and overwrite:
-        names = {name: inner for name, inner in RUN_NAMES.items() if name != LOCK}  # which this process holds
-        stays = [path.name for path in remove_written(folder, names) if path.name != LOCK]
+        kept = (LOCK, RUN_FILE)  # which this process holds; which a kill must leave, since by it the folder is ours
+        names = {name: inner for name, inner in RUN_NAMES.items() if name not in kept}
+        # What was named may be a link to the folder: it is that folder's run which is overwritten.
+        stays = [path for path in remove_written(folder.resolve(), names) if path.name not in kept]
+        stage = next((path for path in stays if path.name == STAGE_FILE), None)
+        if stage is not None:
+            raise MamaError(f"{stage} cannot be deleted: delete {folder} yourself, or choose another folder.")
         if stays:
-            logger.warning("%s keeps what no run wrote: %s.", folder, ", ".join(stays[:5]))
+            logger.warning("%s keeps what no run wrote: %s.", folder, ", ".join(path.name for path in stays[:5]))
     write_json(folder / RUN_FILE, config.settings())
 
 

@@ -38,7 +38,7 @@ def trajectory_curves(folder: str | Path, masks: MaskSet) -> dict:
         size = torch.tensor(record["values"]).abs()
         curves["steps"].append(offset + record["step"])
         for name, mask in (("kept", kept), ("pruned", ~kept)):
-            chosen = size[mask]
+            chosen = size[mask] if mask.any() else size.new_zeros(1)  # at extreme sparsities no sampled one is kept
             curves[name].append(chosen.mean().item())
             low, high = torch.quantile(chosen, torch.tensor([0.1, 0.9])).tolist()
             curves[f"{name}_p10"].append(low)

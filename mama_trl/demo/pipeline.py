@@ -14,7 +14,7 @@ from .claim import check_folder, claim
 from .facts import report_of
 from .recipe import STAGES, RunConfig
 from .run import Run
-from .sections import check_rows, check_shape
+from .sections import check_masks, check_rows, check_shape
 from .stages import baselines, data, distill, distill_arguments, grpo, grpo_arguments, pretrain, sft, sft_arguments
 
 
@@ -57,8 +57,9 @@ def check_arguments(run: Run) -> None:
     """Builds every stage's arguments once, so that a mistake shows before any compute is spent."""
     sft_arguments(run, "pretrain")
     sft_arguments(run, "sft")
-    grpo_arguments(run)
-    distill_arguments(run, "distill")
-    check_shape(run.config.shape(), run.config.data.vocab_size)
+    pruning = {"grpo": grpo_arguments(run), "distill": distill_arguments(run, "distill")}
+    model = check_shape(run.config.shape(), run.config.data.vocab_size)
+    for stage, config in pruning.items():
+        check_masks(stage, config, run.config.sparsity, model)
     for stage in ("pretrain", "sft", "distill"):
         check_rows(stage, getattr(run.config, stage), run.config.data.sequence_length)

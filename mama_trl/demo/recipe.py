@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, Optional
 
 from ..config import check_sparsity
-from ..disk.paths import is_file
+from ..disk.paths import expanded, is_file
 from ..disk.yaml_files import read_settings
 from ..errors import MamaError, shown
 from ..fields import Count, Range, Seed, Share, check_mapping
@@ -119,7 +119,10 @@ class RunConfig:
             if values.get(name, {}) is None:
                 values[name] = {}
         config = cls(**{"output_dir": f"runs/{stem}", **check_mapping(values, cls, where)})
-        check_sparsity(config.sparsity)
+        if config.output_dir.startswith("~"):  # which no shell has resolved in a recipe
+            config.output_dir = str(expanded(config.output_dir))
+        if not check_sparsity(config.sparsity):
+            raise MamaError("`sparsity` is 0, which leaves a run nothing to prune: try 0.8.")
         config.data = DataConfig(**check_mapping(sections["data"], DataConfig, f"{where}, section data"))
         config.data.check(f"{where}, section data")
         config.model = check_mapping(sections["model"], ModelShape, f"{where}, section model")

@@ -4,15 +4,20 @@ from dataclasses import fields
 from typing import Any
 
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM, PretrainedConfig
+from transformers import LlamaConfig, LlamaForCausalLM
 from trl import SFTConfig
 
+from ..config import STATISTICS, MamaConfig
 from ..disk.machine import physical_memory
 from ..errors import MamaError, first_line
 from ..evaluation.weights import check_memory
 from ..fields import check_mapping
+from ..model.fits import check_fits
+from ..model.targets import find_targets
+from ..pruning.prune import check_redistribution
 from ..training.distillation.config import MamaDistillationConfig
 from ..training.grpo.config import MamaGRPOConfig
+from ..training.persistence import check_limit
 from ..training.settings import RANGES, check_buildable, check_schedule, check_values, refusals_of
 
 TRAINERS = {"pretrain": SFTConfig, "sft": SFTConfig, "grpo": MamaGRPOConfig, "distill": MamaDistillationConfig}
@@ -52,6 +57,7 @@ def arguments(stage: str, given: dict[str, Any], **settings) -> Any:
         with refusals_of(cls.__name__):
             built = cls(**vars(probe))
         check_buildable(built)
+        check_limit(built)
         if stage in ("grpo", "distill"):
             check_schedule(built, built.max_steps)
     except MamaError as error:
@@ -76,8 +82,8 @@ class _Values:
         self.__dict__.update(values)
 
 
-def check_shape(shape: dict[str, Any], vocabulary: int) -> PretrainedConfig:
-    """The model's configuration; built once without memory. Raises `MamaError` if it cannot be."""
+def check_shape(shape: dict[str, Any], vocabulary: int) -> LlamaForCausalLM:
+    """The model, built once without memory. Raises `MamaError` if it cannot be."""
     try:
         config = LlamaConfig(vocab_size=vocabulary, **shape)
         with torch.device("meta"):
@@ -85,4 +91,39 @@ def check_shape(shape: dict[str, Any], vocabulary: int) -> PretrainedConfig:
     except Exception as error:  # transformers checks with exceptions of many kinds
         raise MamaError(f"section model describes no Llama that can be built: {first_line(error)}.") from None
     check_memory("section model", model)
-    return config
+    return model
+
+
+def check_masks(stage: str, config: MamaConfig, sparsity: float, model: LlamaForCausalLM) -> None:
+    """Raises `MamaError` for masks that a stage could not make of `model` (without memory), or the next one not hold:
+    what would come out when the stages before are done."""
+    try:
+        if abs(config.sparsity - sparsity) > 1e-4:  # 3:7 may be written as 0.5714
+            what = f"`pattern` {config.pattern}" if config.nm else "`sparsity`"
+            raise MamaError(
+                f"{what} prunes {config.sparsity:g}, and the run with its baselines {sparsity:g}: let the recipe's own "
+                f"`sparsity` be {config.sparsity or sparsity:g}, and leave it out here."
+            )
+        targets = find_targets(model, config.target_modules, config.exclude_modules)
+        check_fits(targets, config)
+        check_redistribution(config, targets)
+        if stage == "grpo":
+            _check_first_masks(config)
+    except MamaError as error:
+        raise MamaError(f"section {stage}: {error}") from None
+
+
+def _check_first_masks(config: MamaConfig) -> None:
+    """What holds of GRPO, which makes the first masks: of recorded text and reward, on the run's own calibration."""
+    if config.mask_schedule == "hold":
+        raise MamaError("`mask_schedule` is 'hold', but no stage before has made masks: use oneshot or cubic.")
+    if config.calibration_tokens is not None:
+        raise MamaError(
+            "`calibration_tokens` is set, but the run calibrates on `calibration_blocks` of its section data: leave it "
+            "out."
+        )
+    there = [*MamaConfig(sparsity=0.0).recorded, "reward"]
+    for name in (*config.weights, config.allocation):
+        if name in STATISTICS and name not in there:
+            what = "indicators" if name in config.weights else "budget"
+            raise MamaError(f"`{what}` has {name}, which no stage before records: use one of {', '.join(there)}.")

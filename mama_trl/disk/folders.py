@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any, Iterable, Mapping, Optional
 
 from ..errors import MamaError, first_line
-from .paths import check_paths, exists, is_dir, is_file
+from .paths import check_paths, exists, expanded, is_dir, is_file
 from .writing import WRITING
 
 WEIGHT_FILES = ("*.safetensors", "pytorch_model*.bin")
@@ -51,10 +51,11 @@ def check_output_dir(
     return path
 
 
-def check_output_file(path: Optional[str | Path], inputs: Any = None) -> None:
-    """Raises `MamaError` if a result could not be written to `path` at the end, or would replace an input."""
+def check_output_file(path: Optional[str | Path], inputs: Any = None) -> Optional[Path]:
+    """The file to write a result into. Raises `MamaError` if that could not be done at the end, or would replace an
+    input."""
     if path is None:
-        return
+        return None
     path = _checked_name(path)
     if is_dir(path):
         raise MamaError(f"{path} is a folder: give the name of a file.")
@@ -66,6 +67,7 @@ def check_output_file(path: Optional[str | Path], inputs: Any = None) -> None:
         raise MamaError(f"{path} is a device, which a file would take the place of: give the name of a file.")
     check_paths([path], _by_what(inputs))
     _check_writable(path.absolute().parent)
+    return path
 
 
 def _by_what(inputs: Any) -> Mapping[str, Any]:
@@ -93,7 +95,7 @@ def check_links(folder: Path, names: Iterable[str] = OUR_FOLDERS) -> None:
 def _checked_name(path: str | Path) -> Path:
     if not str(path).strip():
         raise MamaError("the name of an output is empty: give a folder or a file.")
-    path = Path(path).expanduser()
+    path = expanded(path)
     try:
         sizes = [len(os.fsencode(part)) for part in path.parts] or [0]
     except UnicodeEncodeError:

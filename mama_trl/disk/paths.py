@@ -5,7 +5,7 @@ import os
 from pathlib import Path
 from typing import Iterable, Mapping, Union
 
-from ..errors import MamaError
+from ..errors import MamaError, shown
 
 Name = Union[str, Path, None]
 
@@ -20,6 +20,14 @@ def is_dir(name: Name) -> bool:
 
 def exists(name: Name) -> bool:
     return _ask(os.path.lexists, name)
+
+
+def expanded(name: Union[str, Path]) -> Path:
+    """A name with its `~` resolved. Raises `MamaError` if it is the home of nobody."""
+    try:
+        return Path(name).expanduser()
+    except RuntimeError:
+        raise MamaError(f"{shown(str(name))} lies in the home folder of nobody here: give a folder there is.") from None
 
 
 def _ask(question, name: Name) -> bool:

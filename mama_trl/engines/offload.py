@@ -51,6 +51,20 @@ def readable(module: nn.Module) -> Iterator[None]:
         drop(own)
 
 
+def readable_parameters(model: nn.Module) -> Iterator[dict[str, nn.Parameter]]:
+    """All parameters by name, in order: at once, or module by module where they are elsewhere, while each is there."""
+    named = dict(model.named_parameters())  # of tied ones the first
+    if not is_offloaded(model):
+        yield named
+        return
+    for prefix, module in model.named_modules():
+        names = [f"{prefix}.{own}".lstrip(".") for own, _ in module.named_parameters(recurse=False)]
+        if names:
+            with readable(module):
+                found = dict(module.named_parameters(prefix, recurse=False))
+                yield {name: found[name] for name in names if name in named}
+
+
 def fetch(module: nn.Module) -> list[tuple[nn.Module, AlignDevicesHook]]:
     """Brings in the weights that are elsewhere; returns which, for `drop`."""
     own = [(inner, hook) for inner, hook in _hooks(module) if hook.offload]

@@ -126,7 +126,7 @@ def load_model(
         device_map, offload_folder: as `from_pretrained` takes them: which parts stay elsewhere until they run.
 
     Raises:
-        MamaError: nothing can be loaded, or weights are missing, left over or of another shape.
+        MamaError: nothing can be loaded, or weights are missing, left over, of another shape, NaN or infinite.
     """
     import torch
     from transformers import AutoModelForCausalLM
@@ -144,9 +144,25 @@ def load_model(
             trust_remote_code=trust_remote_code, **placed,
         )
     check_report(source, report)
-    if device_map is not None:
-        return model.eval()
-    return model.to(device or ("cuda" if torch.cuda.is_available() else "cpu")).eval()
+    if device_map is None:
+        model = model.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    check_finite(source, model)
+    return model.eval()
+
+
+def check_finite(source: str, model: Any) -> None:
+    """Raises `MamaError` for a loaded model of which a weight is NaN or infinite: whatever is measured or learned from
+    it would be too."""
+    from ..engines.counts import some_not_finite
+    from ..engines.offload import readable_parameters
+
+    # Weights of one byte are scaled by others, and most have no infinity.
+    for part in readable_parameters(model):
+        bad = some_not_finite({name: p.detach() for name, p in part.items() if p.element_size() > 1})
+        if bad is not None:
+            raise MamaError(
+                f"{bad} of {source} holds NaN or infinity: give a model, or a checkpoint, of finite weights."
+            )
 
 
 def _loaded(what: str, source: str, load: Any, **options) -> Any:

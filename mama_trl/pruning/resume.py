@@ -3,9 +3,8 @@
 import hashlib
 import json
 import logging
-from contextlib import nullcontext
 from pathlib import Path
-from typing import Iterator, Optional
+from typing import Optional
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +14,7 @@ from ..disk.folders import LOCK
 from ..disk.paths import is_dir, is_file
 from ..disk.removal import Names, remove_written
 from ..disk.writing import WRITING, write_json
-from ..engines.offload import readable
+from ..engines.offload import readable_parameters
 from ..errors import MamaError, shown
 from ..masks.bits import bytes_for, pack_bits, unpack_bits
 from ..masks.tensors import TensorFile, write_tensors
@@ -34,24 +33,13 @@ NAMES: Names = {
 def fingerprint(model: nn.Module, rows: Tensor) -> str:
     """SHA-256 over the model's parameters (names, shapes, an exact sum of their bits) and the calibration tokens."""
     sha = hashlib.sha256()
-    names = {name for name, _ in model.named_parameters()}  # of tied ones the first
-    for name, parameter in _parameters(model):
-        if name not in names:
-            continue
-        bits = parameter.data.reshape(-1).view(torch.uint8 if parameter.element_size() == 1 else torch.int16)
-        weighted = bits[::2].sum(dtype=torch.int64) * 65537 + bits[1::2].sum(dtype=torch.int64)
-        sha.update(f"{name} {tuple(parameter.shape)} {parameter.dtype} {int(weighted)};".encode())
+    for part in readable_parameters(model):
+        for name, parameter in part.items():
+            bits = parameter.data.reshape(-1).view(torch.uint8 if parameter.element_size() == 1 else torch.int16)
+            weighted = bits[::2].sum(dtype=torch.int64) * 65537 + bits[1::2].sum(dtype=torch.int64)
+            sha.update(f"{name} {tuple(parameter.shape)} {parameter.dtype} {int(weighted)};".encode())
     sha.update(rows.cpu().contiguous().numpy().tobytes())
     return sha.hexdigest()
-
-
-def _parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
-    """Module by module, each while its parameters can be read."""
-    for prefix, module in model.named_modules():
-        own = [name for name, _ in module.named_parameters(recurse=False)]
-        with readable(module) if own else nullcontext():
-            for name in own:
-                yield f"{prefix}.{name}" if prefix else name, getattr(module, name)
 
 
 class Unfinished:

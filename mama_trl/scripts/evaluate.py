@@ -47,7 +47,7 @@ def main(args) -> dict:
     from ..evaluation.size import sparsity_by_kind
     from ..evaluation.text import blocks, heldout_text
 
-    check_output_file(args.json, {"the model": args.model, "the text": args.text})
+    output = check_output_file(args.json, {"the model": args.model, "the text": args.text})
     check_model_source(args.model, trust_remote_code=args.trust_remote_code)
     text = heldout_text(args.text)
     length = sequence_length(args.model, args.sequence_length, args.trust_remote_code)
@@ -64,8 +64,8 @@ def main(args) -> dict:
         "bytes": size_of(args.model, model),
     }
     show(numbers)
-    if args.json:
-        write_json(args.json, numbers)
+    if output is not None:
+        write_json(output, numbers)
     return numbers
 
 

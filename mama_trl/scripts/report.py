@@ -1,10 +1,9 @@
 """`mama report`: the HTML report of a finished run, from its numbers."""
 
 import json
-from pathlib import Path
 
 from ..disk.folders import check_output_dir
-from ..disk.paths import is_file
+from ..disk.paths import expanded, is_file
 from ..errors import MamaError, first_line
 from ..report.check import check_report
 from .parser import CommandParser
@@ -21,7 +20,7 @@ def make_parser():
 
 
 def main(args) -> None:
-    path = Path(args.run).expanduser() / "report.json"
+    path = expanded(args.run) / "report.json"
     if not is_file(path):
         raise MamaError(f"{path} does not exist: give the folder of a finished run, such as runs/demo.")
     try:

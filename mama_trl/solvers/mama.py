@@ -76,6 +76,8 @@ def stand_in(scaled: Tensor, sparsity: float) -> Tensor:
     Args:
         scaled: gram of unit diagonal, (in, in).
     """
+    if sparsity == 1:  # a budget may leave nothing of a matrix, and so nobody to stand in
+        return torch.ones_like(scaled.diagonal())
     ridge = FEWER * sparsity / (1 - sparsity)
     inverse, taken = _inverse(scaled, ridge)
     return (inverse.diagonal() * (scaled.diagonal() + taken)).clamp_min(1.0).rsqrt()

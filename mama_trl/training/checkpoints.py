@@ -8,12 +8,12 @@ and every file is as it says.
 import json
 import logging
 import os
-import shutil
 from pathlib import Path
 from typing import Optional
 
 from transformers.trainer import TRAINER_STATE_NAME
 
+from ..disk.removal import MODEL_NAMES, Names, remove_written
 from ..errors import MamaError
 from ..masks.files import FOLDER, STATE_FILE
 from ..masks.known import is_checkpoint
@@ -21,13 +21,17 @@ from .manifest import changed, read_state
 
 logger = logging.getLogger(__name__)
 _OPTIMIZERS = ("optimizer", "global_step", "pytorch_model_fsdp")  # how names begin: the Trainer's, DeepSpeed's, FSDP's
+_ENGINES: Names = dict.fromkeys(("*.pt", "*.distcp", ".metadata"))
 # What the Trainer, its engines and this package leave in a checkpoint.
-_WRITTEN = (
-    "config.json", "generation_config.json", "model*.safetensors", "pytorch_model*", "adapter_*", "*.index.json",
-    "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab*", "merges.txt", "chat_template*",
-    "*processor_config.json", "training_args.bin", "trainer_state.json", "optimizer*", "scheduler.pt", "scaler.pt",
-    "rng_state*", "README.md", "latest", "zero_to_fp32.py", "global_step*", FOLDER,
-)
+_WRITTEN: Names = {
+    "global_step*": _ENGINES, "pytorch_model_fsdp_[0-9]*": _ENGINES, "optimizer_[0-9]*": _ENGINES,
+    **dict.fromkeys((
+        "config.json", "generation_config.json", "model*.safetensors", "pytorch_model*", "adapter_*", "*.index.json",
+        "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab*", "merges.txt", "chat_template*",
+        "*processor_config.json", "training_args.bin", "trainer_state.json", "optimizer*", "scheduler.pt", "scaler.pt",
+        "rng_state*", "README.md", "latest", "zero_to_fp32.py",
+    )),
+}
 
 
 def fault(checkpoint: str | Path, hashes: bool = True) -> Optional[str]:
@@ -148,10 +152,6 @@ def remove_ours(output_dir: str | Path) -> None:
             continue
         (path / FOLDER / STATE_FILE).unlink(missing_ok=True)  # whatever a kill leaves of it is not whole
         # Our own folder goes last, so that what a kill leaves is known as ours.
-        for entry in sorted(path.iterdir(), key=lambda entry: entry.name == FOLDER):
-            if any(entry.match(name) for name in _WRITTEN) and not entry.is_symlink():
-                shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
-        try:
-            path.rmdir()
-        except OSError:
+        remove_written(path, _WRITTEN)
+        if remove_written(path, {FOLDER: MODEL_NAMES[FOLDER]}):
             logger.warning("%s keeps what no run wrote.", path)

@@ -9,7 +9,7 @@ from ..masks.files import FOLDER, STATE_FILE
 
 # What a resumed run reads: weights, optimizer, scheduler, scaler, random state, masks, statistics, inputs, regime.
 _READ = (".safetensors", ".pt", ".pth", ".bin", ".distcp", ".metadata")
-_NAMED = ("trainer_state.json", "latest")
+_NAMED = ("trainer_state.json", "latest", "config.json")
 _NOT_READ = ("training_args.bin",)
 _WHOLE = 1 << 28  # bytes of a file up to which all of it is hashed
 _SAMPLES, _SAMPLE = 64, 1 << 20  # of a larger one: so many pieces of so many bytes, the first and the last among them

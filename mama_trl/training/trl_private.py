@@ -11,13 +11,15 @@ from ..errors import MamaError
 METRICS = "_metrics"  # SFTTrainer: {"train" | "eval": {name: [values since the last log]}}
 TRAIN_TOKENS = "_total_train_tokens"  # SFTTrainer: tokens trained on so far, logged as num_tokens
 LAST_LOADED = "_last_loaded_step"  # GRPOTrainer: the step whose weights the vLLM sampler has
+REWARDS = "_calculate_rewards"  # GRPOTrainer: a method that gives the rewards of all ranks, by function; overridden
 TAGS, NAME = "_tag_names", "_name"  # every trainer: tags and title of its model card
 TP_SIZE = "_tp_size"  # SFTTrainer: how many ranks are given the same batch
 DICT_FIELDS = "_VALID_DICT_FIELDS"  # SFTConfig: fields that the command line may give as JSON
 AUXILIARY = ("aux_loss_enabled", "router_aux_loss_coef")  # SFTTrainer: of mixtures; public, but told nowhere
 LOADER = "create_model_from_path"  # trl.trainer.utils: how every TRL trainer loads a model that it is named
 USED = {
-    "SFTTrainer": (METRICS, TRAIN_TOKENS, TP_SIZE, TAGS, NAME, *AUXILIARY), "GRPOTrainer": (LAST_LOADED, TAGS, NAME),
+    "SFTTrainer": (METRICS, TRAIN_TOKENS, TP_SIZE, TAGS, NAME, *AUXILIARY),
+    "GRPOTrainer": (LAST_LOADED, REWARDS, TAGS, NAME),
     "SFTConfig": (DICT_FIELDS,),
 }
 

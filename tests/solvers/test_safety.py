@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mama_trl.errors import warn_once
+from mama_trl.pruning.prune import prune
 from mama_trl.selection.threshold import kept_count
 from mama_trl.solvers.alps import alps
 from mama_trl.solvers.magnitude import magnitude
@@ -289,3 +290,11 @@ def test_wanda_prunes_the_truncated_count_of_each_row():
     assert wanda(weight, norm, 0.5)[0].tolist() == [[5.0, 4.0, 3.0, 0.0, 0.0], [0.0, 0.0, -3.0, 4.0, -5.0]]
     assert wanda(weight, norm, 0.3)[1].sum(1).tolist() == [4, 4]
     assert wanda(torch.randn(3, 128), torch.ones(128), 0.6)[1].sum(1).tolist() == [52] * 3  # 76 of 128 go, not 77
+
+
+def test_a_budget_may_leave_nothing_of_a_matrix(make_model, rows):
+    """As at sparsities that only few connections of the whole model are left at."""
+    scaled, _ = unit_diagonal(torch.eye(4) + 0.5, 1e-2)
+    assert torch.equal(stand_in(scaled, 1.0), torch.ones(4))
+    masks = prune(make_model("llama"), rows, "mama", 0.9995, progress=False)
+    assert masks.sparsity() == pytest.approx(0.9995, abs=1e-3)

@@ -9,6 +9,7 @@ import pytest
 from mama_trl import MamaConfig, MamaError
 from mama_trl.training.checkpoints import choose, cut_off, fault, newest_whole, remove_ours
 from tests.conftest import tiny
+from tests.faults import tree
 from tests.training import saved
 from tests.training.runs import SAVING, train, trainer_of
 
@@ -50,7 +51,7 @@ def damage(path, how):
 
 def test_state_json_lists_all_that_resuming_reads(run):
     assert {name.rpartition("/")[2] for name in files_of(run / "checkpoint-4")} >= {
-        "model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json",
+        "model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json", "config.json",
         "masks.safetensors", "statistics.safetensors",
     }
     assert "mama/inputs.safetensors" in files_of(run / "checkpoint-2")
@@ -156,6 +157,10 @@ def test_a_stump_takes_no_whole_checkpoints_place(rows, tmp_path):
 
 def test_an_overwritten_run_leaves_the_files_of_others(run, tmp_path, caplog):
     (run / "checkpoint-4" / "notes.txt").write_text("mine")
+    (run / "checkpoint-4" / "mama" / "notes.txt").write_text("mine")
+    for engine, name in (("global_step4", "zero_pp_rank_0_optim_states.pt"), ("optimizer_0", "__0_0.distcp")):
+        (run / "checkpoint-4" / engine).mkdir()
+        (run / "checkpoint-4" / engine / name).write_bytes(b"ours")
     (run / "checkpoint-8").mkdir()
     (run / "checkpoint-8" / "model.safetensors").write_bytes(b"somebody's")
     (tmp_path / "elsewhere").mkdir()
@@ -164,7 +169,7 @@ def test_an_overwritten_run_leaves_the_files_of_others(run, tmp_path, caplog):
     before = saved.raw_tensors(run)
     remove_ours(run)
     assert sorted(path.name for path in run.glob("checkpoint-*")) == ["checkpoint-10", "checkpoint-4", "checkpoint-8"]
-    assert [path.name for path in (run / "checkpoint-4").iterdir()] == ["notes.txt"]
+    assert sorted(tree(run / "checkpoint-4")) == ["mama", "mama/notes.txt", "notes.txt"]
     assert fault(tmp_path / "elsewhere" / "checkpoint-10") is None
     assert saved.raw_tensors(run).keys() == before.keys()
     assert "checkpoint-8 stays" in caplog.text and "checkpoint-4 keeps" in caplog.text

@@ -2,11 +2,14 @@
 
 import pytest
 import torch
+from datasets import Dataset
 from transformers import TrainerCallback
 
-from mama_trl import MamaConfig, MamaError, prune
+from mama_trl import MamaConfig, MamaError, MamaGRPOConfig, MamaGRPOTrainer, prune
 from mama_trl.training.checkpoints import checkpoints, newest_whole
+from mama_trl.training.grpo.rewards import RewardCheck
 from tests.conftest import tiny
+from tests.faults import refusal
 from tests.training import saved
 from tests.training.runs import SAVING, train, trainer_of
 
@@ -185,3 +188,42 @@ def test_no_trainer_state_is_left_behind(rows, tmp_path):
     trainer.train()
     trainer.save_model(str(tmp_path))
     assert saved.sparsity(tmp_path) == pytest.approx(0.75, abs=1e-3)
+
+
+NAN, INFINITY = float("nan"), float("inf")
+
+
+@pytest.mark.parametrize("rewards, said", [
+    ([None], "no reward of a whole generation is a number .* gave NaN or None"),
+    ([NAN], "no reward of a whole generation is a number"),
+    ([1.0, 0.0, INFINITY, 2.0], "gave infinity"),
+    ([1.0, 0.0, None, NAN], None),
+])
+def test_rewards_that_are_no_numbers_stop_a_run(tokenizer, tmp_path, rewards, said):
+    args = MamaGRPOConfig(
+        output_dir=str(tmp_path), sparsity=0.5, mask_start=1, max_steps=2, per_device_train_batch_size=4,
+        num_generations=4, max_completion_length=4, use_cpu=True, bf16=False, report_to=[], save_strategy="no",
+        disable_tqdm=True,
+    )
+    data = Dataset.from_list([{"prompt": "1 + 1 ="}] * 8)
+    trainer = MamaGRPOTrainer(
+        tiny("llama"), lambda completions, **_: (rewards * 4)[:4], args=args, train_dataset=data,
+        processing_class=tokenizer,
+    )
+    if said is None:
+        trainer.train()
+        assert trainer.mama.sparsity == pytest.approx(0.5, abs=0.01)
+    else:
+        with refusal(said):
+            trainer.train()
+        assert not list(tmp_path.rglob("*.safetensors"))
+
+
+def test_a_judge_that_is_away_for_a_while_stops_no_run():
+    check, none, some = RewardCheck(), torch.full((4, 2), NAN), torch.tensor([[NAN, 1.0]])
+    for absent in (9, 9):
+        check.look(some, ["a", "b"])
+        for _ in range(absent):
+            check.look(none, ["a", "b"])
+    with refusal("a, b gave NaN or None"):
+        check.look(none, ["a", "b"])

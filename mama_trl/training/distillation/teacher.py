@@ -7,6 +7,7 @@ from torch import nn
 from transformers import AutoConfig, PreTrainedModel
 
 from ...errors import MamaError, first_line
+from ...evaluation.loading import check_finite
 from ..checks import check_source
 from ..trl_private import load
 from .config import MamaDistillationConfig
@@ -17,7 +18,8 @@ def load_teacher(teacher: str | nn.Module | None, args: MamaDistillationConfig) 
     was saved in if they name none, and with remote code only where `trust_remote_code` is set.
 
     Raises:
-        MamaError: there is none, or it cannot be loaded, or is loaded already and has loading options.
+        MamaError: there is none, or it cannot be loaded, or is loaded already and has loading options; or one of its
+            weights is NaN or infinite.
     """
     teacher = teacher if teacher is not None else args.teacher_model_name_or_path
     if teacher is None:
@@ -41,9 +43,11 @@ def load_teacher(teacher: str | nn.Module | None, args: MamaDistillationConfig) 
     if args.distributed_state.distributed_type in ("MULTI_GPU", "DEEPSPEED"):
         options["device_map"] = None  # "auto" cannot be combined with several processes
     try:
-        return load(teacher, **options)
+        model = load(teacher, **options)
     except (OSError, ValueError, KeyError) as error:
         raise MamaError(f"`teacher_model` {teacher} cannot be loaded: {first_line(error)}") from error
+    check_finite(teacher, model)
+    return model
 
 
 def student_config(model: str | nn.Module, args: MamaDistillationConfig):

@@ -11,6 +11,7 @@ from ..drop_in import config_for, signature_of
 from ..integrations import PruningCard
 from ..trl_private import let_sampler_load
 from .config import MamaGRPOConfig
+from .rewards import RewardCheck
 
 
 class MamaGRPOTrainer(PruningCard, GRPOTrainer):
@@ -33,7 +34,8 @@ class MamaGRPOTrainer(PruningCard, GRPOTrainer):
             prompts and completions that the policy was trained on.
 
     Raises:
-        MamaError: adapters, or something else that masks do not go with.
+        MamaError: adapters, or something else that masks do not go with; while training, rewards that are infinite, or
+            none of which is a number.
     """
 
     _tag_names = ["trl", "grpo", "mama", "pruning"]
@@ -46,9 +48,15 @@ class MamaGRPOTrainer(PruningCard, GRPOTrainer):
             check_source(arguments["model"], args.model_init_kwargs, args.trust_remote_code)
         self.mama = RewardCallback(args, calibration, stage="grpo")
         self.mama.trainer = self
+        self._reward_check = RewardCheck()
         callbacks = [self.mama, *(arguments["callbacks"] or [])]
         super().__init__(**{**arguments, "args": args, "callbacks": callbacks})
         let_sampler_load(self)  # nothing is lost by it now, and it says at once if this TRL has another way
+
+    def _calculate_rewards(self, *args, **kwargs):
+        rewards = super()._calculate_rewards(*args, **kwargs)
+        self._reward_check.look(rewards, self.reward_func_names)
+        return rewards
 
 
 class RewardCallback(MamaCallback):
