@@ -102,9 +102,10 @@ def _prune(args, options, method, unfinished, tokenizer, rows) -> None:
     masks.save(output)
     unfinished.remove()
     zeros = sum(int(target.matrix.numel() - target.matrix.count_nonzero()) for target in targets)
-    counted = zeros / sum(target.matrix.numel() for target in targets)
+    size = sum(target.matrix.numel() for target in targets)
+    pruned = sum(masks.pruned[name] for name in {target.parameter_name for target in targets})
     print(
-        f"{counted:.2%} of the prunable weights are zero, {masks.sparsity():.2%} by the masks ({args.method}, "
+        f"{zeros / size:.2%} of the prunable weights are zero, {pruned / size:.2%} by the masks ({args.method}, "
         f"{options.pattern}): {output}"
     )
 
