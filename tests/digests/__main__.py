@@ -5,8 +5,8 @@
     python -m tests.digests --compare FILE.json --only 'train .*cubic'
 
 `before.json` is what the code gave when it was last written, after a change of results that was wanted. The cases are
-in cases.py, on tiny random models; all they call of the package is in adapter.py, the one file to adapt when a module or
-a signature moves.
+in cases.py, on tiny random models; all they call of the package is in adapter.py, the one file to adapt when a module
+or a signature moves.
 
 A digest is the SHA-256 over a tensor's type, shape and bytes; the tensors of one kind in a decoder block are taken as
 one. Beside it lie the norm and four sums of the elements with random signs, from which the distance of two tensors is
