@@ -51,13 +51,15 @@ def _check_kind(dataset, name: str, kind) -> None:
 
 
 def _check_messages(column, name: str) -> None:
-    """Raises `MamaError` for a message that says nothing, and calls no tool instead: templates would write "None"."""
-    import pyarrow.compute as pc
+    """Raises `MamaError` for messages that hold nothing but a role: what a template writes for them is no text."""
+    import pyarrow.compute
 
-    messages = pc.list_flatten(column)
-    for field in ("content", "tool_calls", "tool_responses"):
-        if pc.struct_field(messages.slice(0, 0), []).type.get_field_index(field) >= 0:
-            ...
+    messages = pyarrow.compute.list_flatten(column)
+    fields = [field.name for field in messages.type if field.name not in ("role", "name")]
+    parts = [pyarrow.compute.struct_field(messages, field).is_valid().to_numpy() for field in fields]
+    empty = len(messages) - int(sum(parts).astype(bool).sum())
+    if empty:
+        raise MamaError(f"column `{name}` has {empty} messages of {len(messages)} without content: take them out.")
 
 
 def check_learnable(dataset, field: str = "text") -> None:
@@ -66,6 +68,10 @@ def check_learnable(dataset, field: str = "text") -> None:
     if columns and not {field, "messages", "conversations", "prompt", "question", "input_ids"} & set(columns):
         raise MamaError(
             f"the dataset has no column `{field}`, `messages` or `prompt`, only {', '.join(columns)}: rename one."
+        )
+    if columns and not {field, "messages", "conversations", "completion", "answer", "input_ids"} & set(columns):
+        raise MamaError(
+            f"the dataset has prompts and no column `completion` or `answer`, only {', '.join(columns)}: rename one."
         )
 
 
