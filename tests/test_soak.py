@@ -271,4 +271,4 @@ def test_what_is_reported_is_what_the_files_hold(case, tmp_path, tokenizer, rows
                         callbacks=[MamaCallback(MamaConfig(mask_schedule="hold"))])
         after.train()
         after.save_model(str(tmp_path / "next"))
-        assert saved.sparsity(tmp_path / "next") >= saved.sparsity(place) - 0.01, "the next stage lost what the model had"
+        assert saved.sparsity(tmp_path / "next") >= saved.sparsity(place) - 0.01, "the next stage lost zeros"
