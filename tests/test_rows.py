@@ -42,6 +42,12 @@ def folder(tmp_path_factory):
         "messages": made.rows("messages"), "chat_prompts": made.rows("chat prompts"), "text": made.rows("text"),
         "pairs": made.rows("prompt-completion"), "null": [*made.rows("text")[:3], {"text": None}],
         "null_messages": [*made.rows("messages")[:2], {"messages": None}],
+        "null_content": [
+            *made.rows("messages")[:2],
+            {"messages": [{"role": "user", "content": "2"}, {"role": "assistant", "content": None}]},
+        ],
+        "lone_prompts": [{"prompt": "2 plus 2"}] * 4,
+        "half_chat": [{"prompt": [{"role": "user", "content": "2 plus 2"}], "answer": "4"}] * 4,
         "null_pairs": [*made.rows("prompt-completion")[:2], {"prompt": "2 plus 2", "completion": None}],
         "long": [{"text": "1 plus 2 makes 3 " * 60}, *made.rows("text")],
         "long_prompts": [{"prompt": "1 plus 2 makes 3 " * 60, "answer": "3"}, *made.rows("prompts")],
@@ -74,6 +80,9 @@ def arguments(command: str, folder, model: str, data: str, output, *more) -> lis
     ("grpo", "plain", "chat_prompts", "no chat template"),
     ("sft", "model", "null", "column `text` is null in 1 of 4 rows (row 4)"),
     ("sft", "model", "null_messages", "column `messages` is null in 1 of 3 rows (row 3)"),
+    ("sft", "model", "null_content", "column `messages` has 1 messages of 6 without content"),
+    ("distill", "model", "lone_prompts", "no column `completion` or `answer`"),
+    ("sft", "plain", "half_chat", "no chat template"),
     ("sft", "model", "null_pairs", "column `completion` is null"),
     ("distill", "model", "null", "column `text` is null"),
     ("pretrain", "model", "null", "column `text` is null"),
@@ -108,6 +117,10 @@ def test_a_stream_is_checked_row_by_row(folder, tmp_path, capsys):
 def test_what_fits_the_positions_trains(folder, tmp_path, more):
     given = arguments("sft", folder, "gpt2", "long", tmp_path / "out", "--sparsity", "0.5", "--mask_start", "1", *more)
     assert main([str(item) for item in given]) == 0
+
+
+def test_an_answer_to_a_message_is_a_message(folder, tmp_path):
+    assert main([str(item) for item in arguments("sft", folder, "model", "half_chat", tmp_path / "out")]) == 0
 
 
 def test_a_rotary_model_may_go_beyond_its_positions(folder, tmp_path):

@@ -53,6 +53,7 @@ class Case:
     place: str
     dtype: str
     logging: int
+    matrices: str
 
     def __str__(self):
         return "-".join(str(value) for name, value in asdict(self).items() if name != "number")
@@ -75,6 +76,7 @@ def drawn() -> list[Case]:
             place=draw.choice(["output", "elsewhere", "model"]),
             dtype=draw.choice(["float32", "float32", "bfloat16"]),
             logging=draw.choice([1, 3]),
+            matrices=random.Random(f"{SEED} {len(cases)}").choice(["all", "all", "attention"]),
         )
         if case.reuse == "callback" and trainer in OWN:
             continue
@@ -128,14 +130,16 @@ class World:
 
     def fields(self, schedule=None) -> dict:
         schedule = schedule or self.case.schedule
+        chosen = {"exclude_modules": ["mlp"]} if self.case.matrices == "attention" else {}
         if schedule == "hold":
-            return {"mask_schedule": "hold"}
+            return {"mask_schedule": "hold", **chosen}
         if schedule == "record":
-            return {"sparsity": 0.0, "mask_schedule": "oneshot"}
+            return {"sparsity": 0.0, "mask_schedule": "oneshot", **chosen}
         ramp = {"mask_end": 0.75, "mask_interval": 1} if schedule == "cubic" else {}
         calibrated = self.case.number % 3 == 0
         plain = {} if calibrated else {"indicators": ["magnitude"], "redistribution": "none"}
-        return {"sparsity": self.case.sparsity, "mask_schedule": schedule, "mask_start": 0.25, **ramp, **plain}
+        fields = {"sparsity": self.case.sparsity, "mask_schedule": schedule, "mask_start": 0.25}
+        return {**fields, **ramp, **plain, **chosen}
 
     def trainer(self, model, mama, output, accumulation, callbacks=(), schedule=None):
         """(trainer, callback): the batch of an optimizer step stays what it is, whatever the accumulation."""
@@ -243,13 +247,18 @@ def masked_and_alive(folder) -> int:
 @pytest.mark.parametrize("case", drawn(), ids=str)
 def test_what_is_reported_is_what_the_files_hold(case, tmp_path, tokenizer, rows):
     trainer, mama, place, least = play(World(case, tmp_path, tokenizer, rows))
-    found = saved.sparsity(place)
+    weights = {name for name in saved.raw_tensors(place) if name.endswith("_proj.weight")}
+    attention = {name for name in weights if ".self_attn." in name}
+    found = saved.sparsity(place, attention if case.matrices == "attention" else None)
     assert mama.sparsity == pytest.approx(found, abs=1e-6), "the callback says another number than the file"
     logged = [row["mama/sparsity"] for row in trainer.state.log_history if "mama/sparsity" in row]
     assert logged[-1] == pytest.approx(found, abs=1e-6), "the log says another number than the file"
     state = json.loads((tmp_path / "output" / "mama" / "state.json").read_text())
     assert state["sparsity"] == pytest.approx(found, abs=1e-6), "state.json says another number than the file"
     assert found >= least - 0.01, f"asked for {least}, and the file has {found}"
+    there = {"folder": 0.5, "memory": 0.7}.get(case.start, 0.0)
+    if case.matrices != "all":
+        assert saved.sparsity(place, weights - attention) >= there - 0.01, "matrices left out have lost zeros"
     if least > 0:
         assert masked_and_alive(place) == 0
     assert saved.not_finite(place) == 0
@@ -262,4 +271,4 @@ def test_what_is_reported_is_what_the_files_hold(case, tmp_path, tokenizer, rows
                         callbacks=[MamaCallback(MamaConfig(mask_schedule="hold"))])
         after.train()
         after.save_model(str(tmp_path / "next"))
-        assert saved.sparsity(tmp_path / "next") >= found - 0.01, "the next stage lost what the model had"
+        assert saved.sparsity(tmp_path / "next") >= saved.sparsity(place) - 0.01, "the next stage lost zeros"

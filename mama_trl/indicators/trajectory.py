@@ -6,6 +6,7 @@ difference. A step whose gradient holds NaN or infinity on any rank is left out 
 a host synchronisation.
 """
 
+import logging
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Callable, Optional
@@ -15,9 +16,10 @@ from torch import Tensor
 
 from ..engines import ranks
 from ..engines.shard import Shard, fused_groups, group_of
-from ..errors import MamaError
+from ..errors import MamaError, warn_once
 from ..masks.files import FOLDER, RangeReader, write_ranges
 
+logger = logging.getLogger(__name__)
 STEM = "statistics"
 # Increments below 1/64 of a bf16 value would mostly be rounded away, so the mean forgets beyond 64 steps.
 WINDOW = 64
@@ -175,14 +177,18 @@ class Trajectory:
         """Takes up what an earlier stage (or, with `resume`, this run) saved; False if there is nothing.
 
         Statistics that the file has and this run does not follow are left out; across stages the reward's
-        mean starts anew only where it was never recorded. Raises `MamaError` if the file belongs to another
-        model or is damaged.
+        mean starts anew only where it was never recorded, and all of them do after a stage that left some of these
+        matrices out. Raises `MamaError` if the file belongs to another model or is damaged.
         """
         reader = RangeReader.find(folder, STEM)
         if reader is None:
             return False
         where, header = Path(folder) / FOLDER, reader.header
         stored = {name: tuple(shape) for name, shape in header["shapes"].items()}
+        followed = [shard.name in stored for shard in self.shards]
+        if not resume and any(followed) and not all(followed):
+            warn_once(logger, f"{where} has statistics of some of this run's matrices: those of all start anew.")
+            return False
         for name in [name for name in self.statistics if name in header["counts"]]:
             for shard in self.shards:
                 if stored.get(shard.name) != shard.shape:

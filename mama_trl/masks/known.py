@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
 from types import MethodType
-from typing import Any, Mapping, Optional
+from typing import Any, Collection, Mapping, Optional
 from weakref import WeakKeyDictionary
 
 import torch
@@ -21,6 +21,7 @@ from transformers import PreTrainedModel
 from ..engines import ranks
 from ..engines.counts import some_not_finite
 from ..engines.detect import shards_of, unwrap
+from ..engines.offload import is_offloaded, readable_parameters
 from ..engines.shard import Shard, group_of
 from ..errors import MamaError
 from .bits import bytes_for, pack_bits, unpack_bits, unpack_flags
@@ -79,6 +80,28 @@ def taken_over(found: Known, model: nn.Module) -> Optional[MaskSet]:
     else:
         bits = {shard.name: old.bits[shard.name].to(shard.master.device, copy=True) for shard in shards}
     return MaskSet.from_shards(bits, shards, old.pattern, old.zeros)
+
+
+def elsewhere(model: nn.Module, names: Collection[str]) -> Optional[MaskSet]:
+    """The masks that `model` has, in memory or beside it, of other parameters than `names`, bound to it; None where it
+    has none, or where the weights under them are not zero any more.
+
+    Raises `MamaError` if a mask file is damaged.
+    """
+    found, folder = known(model), getattr(model, "name_or_path", None)
+    masks = found.whole if found is not None else MaskSet.load(folder) if folder else None
+    shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters() if name not in names}
+    there = [name for name in masks.names if shapes.get(name) == masks.shapes[name]] if masks is not None else []
+    if masks is None or not there:
+        return None
+    bits = {name: masks.bits[name] for name in there}
+    own = MaskSet(bits, {name: shapes[name] for name in there}, masks.pattern)
+    parts = ({key: value.data for key, value in part.items()} for part in readable_parameters(model))
+    if any(_compared(own, part)[0] for part in parts):
+        return None
+    if not is_offloaded(model):
+        own.bind(shards_of((name, parameter) for name, parameter in model.named_parameters() if name in bits))
+    return own
 
 
 def _owned_of_first(whole: Optional[MaskSet], shard: Shard) -> Tensor:

@@ -80,6 +80,21 @@ class MaskSet:
         result.bind(shards)
         return result
 
+    def joined(self, earlier: Optional["MaskSet"]) -> "MaskSet":
+        """These masks, and of `earlier` those of the matrices that these say nothing of. Collective.
+
+        Both are bound to the parameters of one model, or (where these are elsewhere) to none.
+        """
+        others = [name for name in earlier.names if name not in self.shapes] if earlier is not None else []
+        if earlier is None or not others:
+            return self
+        shards = [*self._shards, *(shard for shard in earlier._shards if shard.name in others)]
+        bits = {**self.bits, **{name: earlier.bits[name] for name in others}}
+        pattern = self.pattern if self.pattern == earlier.pattern else "unstructured"
+        if not shards:
+            return MaskSet(bits, {**self.shapes, **{name: earlier.shapes[name] for name in others}}, pattern)
+        return MaskSet.from_shards(bits, shards, pattern)
+
     # ------------------------------------------------------------------ reading
 
     @property
@@ -103,6 +118,11 @@ class MaskSet:
         """Pruned share of one parameter, or of all masked parameters together, over all ranks."""
         names = [name] if name else self.names
         return 1.0 - sum(self.kept[n] for n in names) / sum(torch.Size(self.shapes[n]).numel() for n in names)
+
+    @property
+    def pruned(self) -> dict[str, int]:
+        """How many connections of each whole parameter are pruned."""
+        return {name: torch.Size(shape).numel() - self.kept[name] for name, shape in self.shapes.items()}
 
     def digest(self) -> str:
         """SHA-256 over names and whole masks: equal on ranks and runs that agree. Collective where ranks share them."""

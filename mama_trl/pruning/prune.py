@@ -26,7 +26,7 @@ from ..engines.offload import is_offloaded, readable
 from ..errors import MamaError
 from ..indicators.combine import Criterion
 from ..indicators.source import ScoreSource, StoredScores
-from ..masks.known import remember
+from ..masks.known import elsewhere, remember
 from ..masks.maskset import MaskSet
 from ..model.fits import check_fits
 from ..model.language import check_readable
@@ -57,7 +57,7 @@ def prune(
     progress: bool | Progress = True,
     **options,
 ) -> MaskSet:
-    """Prunes `model` in place and returns its masks.
+    """Prunes `model` in place and returns its masks: with those that it has in matrices left out here.
 
     Each block is calibrated on the outputs of the blocks before it, already pruned. Solvers work in fp32;
     weights keep their dtype. An expert of a mixture to which fewer than 64 calibration tokens came is pruned by
@@ -90,8 +90,11 @@ def prune(
     check_scores(options, method, scores, layer_sparsity is not None)
     check_redistribution(options, placement.targets)
     check_fits(placement.targets, options)
+    earlier = None
     if not isinstance(placement, DistributedPlacement):
         check_not_denser(placement.targets, options.sparsity, layer_sparsity)
+        if options.target_modules or options.exclude_modules:
+            earlier = elsewhere(model, {target.parameter_name for target in placement.targets})
     if layer_sparsity is None:
         layer_sparsity = _allocated(model, calibration, method, options, scores, placement, batch_size, bool(progress))
     if not isinstance(progress, Progress):
@@ -105,7 +108,7 @@ def prune(
         for measured in walk:
             sweep.solve(measured)
     sweep.warn_of_rare()
-    result = placement.masks(options.pattern)
+    result = placement.masks(options.pattern).joined(earlier)
     result.apply()
     if not isinstance(placement, DistributedPlacement):  # a training run does both itself
         check_solved_here(placement.targets, None if calibration is None else tokens)

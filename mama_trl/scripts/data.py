@@ -107,7 +107,7 @@ def with_prompts(dataset, template: Optional[str], chat: bool, completions: bool
         new = {"prompt": [{"role": "user", "content": prompt}] if chat and plain else prompt}
         if answer is not None:
             text = row[answer]
-            if chat and isinstance(text, str):
+            if isinstance(text, str) and not (plain and not chat):
                 text = [{"role": "assistant", "content": text}]
             elif plain and not (prompt[-1:].isspace() or text[:1].isspace()):
                 text = " " + text

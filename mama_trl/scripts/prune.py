@@ -116,10 +116,12 @@ def _prune(args, options, method, unfinished, tokenizer, rows) -> None:
     )
     output = _save(model, tokenizer, args.output)
     masks.save(output)
-    counted = sum(int(zeros_of(target)) for target in targets) / sum(target.matrix.numel() for target in targets)
+    zeros = sum(int(zeros_of(target)) for target in targets)
+    size = sum(target.matrix.numel() for target in targets)
+    pruned = sum(masks.pruned[name] for name in {target.parameter_name for target in targets})
     unfinished.remove()
     print(
-        f"{counted:.2%} of the prunable weights are zero, {masks.sparsity():.2%} by the masks ({args.method}, "
+        f"{zeros / size:.2%} of the prunable weights are zero, {pruned / size:.2%} by the masks ({args.method}, "
         f"{options.pattern}): {output}"
     )
 

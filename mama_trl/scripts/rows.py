@@ -41,7 +41,7 @@ def _check_kind(dataset, name: str, kind) -> None:
 
     inner = kind[0] if isinstance(kind, list) and kind else getattr(kind, "feature", None)
     if isinstance(inner, dict) and {"role", "content"} <= set(inner) and name != "text":
-        return
+        return _check_messages(dataset.data.column(name), name)
     if getattr(kind, "dtype", None) not in ("string", "large_string"):
         said = "lists that are no messages" if inner is not None else f"{getattr(kind, 'dtype', kind)}, no text"
         raise MamaError(f"column `{name}` holds {said}: write texts in quotes, or messages with role and content.")
@@ -50,12 +50,28 @@ def _check_kind(dataset, name: str, kind) -> None:
         raise MamaError(f"column `{name}` holds nothing but empty texts: give one with data.")
 
 
+def _check_messages(column, name: str) -> None:
+    """Raises `MamaError` for messages that hold nothing but a role: what a template writes for them is no text."""
+    import pyarrow.compute
+
+    messages = pyarrow.compute.list_flatten(column)
+    fields = [field.name for field in messages.type if field.name not in ("role", "name")]
+    parts = [pyarrow.compute.struct_field(messages, field).is_valid().to_numpy() for field in fields]
+    empty = len(messages) - int(sum(parts).astype(bool).sum())
+    if empty:
+        raise MamaError(f"column `{name}` has {empty} messages of {len(messages)} without content: take them out.")
+
+
 def check_learnable(dataset, field: str = "text") -> None:
     """Raises `MamaError` if a dataset has no column that supervised training reads."""
     columns = dataset.column_names
     if columns and not {field, "messages", "conversations", "prompt", "question", "input_ids"} & set(columns):
         raise MamaError(
             f"the dataset has no column `{field}`, `messages` or `prompt`, only {', '.join(columns)}: rename one."
+        )
+    if columns and not {field, "messages", "conversations", "completion", "answer", "input_ids"} & set(columns):
+        raise MamaError(
+            f"the dataset has prompts and no column `completion` or `answer`, only {', '.join(columns)}: rename one."
         )
 
 

@@ -8,7 +8,6 @@ import logging
 from pathlib import Path
 from typing import Optional
 
-import torch
 from torch import nn
 
 from ..config import MamaConfig
@@ -56,7 +55,7 @@ def check_zero(masks: MaskSet, where: str, enforce: bool = False) -> None:
     wrong = masks.verify()
     if not wrong:
         return
-    pruned = sum(torch.Size(masks.shapes[name]).numel() - masks.kept[name] for name in masks.names)
+    pruned = sum(masks.pruned.values())
     if not enforce:
         raise MamaError(
             f"{wrong} of {pruned} connections that {where} prune are not zero, so they belong to other weights: set "
@@ -78,10 +77,9 @@ def held(masks: Optional[MaskSet], shards: list[Shard], config: MamaConfig) -> O
     found = zeros_of(shards)
     total = sum(shard.numel for shard in shards)
     before = 0
-    if masks is not None:
-        if any(name not in masks.shapes for name in found):
-            return masks  # of a choice of matrices
-        before = sum((masks.zeros or _pruned(masks))[name] for name in found)
+    if masks is not None:  # perhaps of a choice of matrices
+        known_zeros = masks.zeros or masks.pruned
+        before = sum(known_zeros.get(name, 0) for name in found)
     zeros = sum(found.values())
     if zeros - before < FEW * total:
         return masks
@@ -96,27 +94,28 @@ def held(masks: Optional[MaskSet], shards: list[Shard], config: MamaConfig) -> O
             "%.2f%% of the prunable weights (%d of %d) are zero, more than the masks knew (%.2f%%): all of them are "
             "held.", 100 * zeros / total, zeros, total, 100 * before / total,
         )
-    return MaskSet.from_shards(bits, shards, zeros=found)
+    return MaskSet.from_shards(bits, shards, zeros=found).joined(masks)
 
 
-def warn_of_free_zeros(masks: Optional[MaskSet], zeros: dict[str, int], total: int) -> None:
-    """Says it where many weights are exactly zero under no mask: training would let them grow.
+def warn_of_free_zeros(masks: Optional[MaskSet], matrices: list[Shard], schedule: str) -> None:
+    """Says it where many weights are exactly zero under no mask: training would let them grow. Collective.
 
     Args:
-        zeros: exact zeros of each prunable parameter.
-        total: size of all of them.
+        matrices: those in which somebody may have pruned, whether or not this run does.
+        schedule: the run's `mask_schedule`.
     """
-    covered = _pruned(masks) if masks is not None else {}
+    covered = masks.pruned if masks is not None else {}
+    zeros, total = zeros_of(matrices), sum(shard.numel for shard in matrices)
     free = sum(number - covered.get(name, 0) for name, number in zeros.items())
     if free >= FEW * total:
+        kept = (
+            "set `mask_schedule` to hold" if schedule != "hold"
+            else "leave `target_modules` and `exclude_modules` out, or set `inherit_masks` to false,"
+        )
         _say(
             "%.2f%% of the prunable weights (%d of %d) are exactly zero and under no mask, so training lets them grow: "
-            "set `mask_schedule` to hold to keep them.", 100 * free / total, free, total,
+            "%s to keep them.", 100 * free / total, free, total, kept,
         )
-
-
-def _pruned(masks: MaskSet) -> dict[str, int]:
-    return {name: torch.Size(masks.shapes[name]).numel() - masks.kept[name] for name in masks.names}
 
 
 def _say(sentence: str, *values) -> None:

@@ -21,9 +21,10 @@ def sentence(run: RunState, regime: Regime) -> Optional[str]:
         else "its last mask update never came" if regime.pending(run.mask_step)
         else "weights under its masks are not zero"
     )
+    more = f"let it take more steps (the last update is at step {regime.last}), or " if regime.last else ""
     return (
-        f"the run ends at sparsity {run.sparsity:.4f} instead of {regime.target:.4f} ({why}): let it run to step "
-        f"{regime.last}, or prune what it saved with `mama prune`."
+        f"the run ends at sparsity {run.sparsity:.4f} instead of {regime.target:.4f} ({why}): {more}prune what it "
+        "saved with `mama prune`."
     )
 
 

@@ -19,6 +19,7 @@ from ..masks.files import FOLDER, STATE_FILE, STEMS, RangeReader, files_of, writ
 from ..masks.known import known, remember
 from ..masks.maskset import STEM as MASKS
 from ..masks.maskset import MaskSet
+from ..model.blocks import find_blocks
 from ..model.fits import check_fits
 from ..model.targets import Target, find_targets
 from .checkpoints import require_whole
@@ -76,13 +77,16 @@ class RunState:
 
     @property
     def masks(self) -> Optional[MaskSet]:
-        """The masks now; None before the first. Setting them is collective."""
+        """The masks now; None before the first. Setting them is collective.
+
+        Masks of a choice of matrices leave those of all others as they are: what is pruned there stays zero.
+        """
         return self._masks
 
     @masks.setter
     def masks(self, masks: Optional[MaskSet]) -> None:
-        self._masks = masks
-        remember(self.model, masks)
+        self._masks = masks.joined(self._masks) if masks is not None else None
+        remember(self.model, self._masks)
 
     @property
     def prunable(self) -> list[Shard]:
@@ -106,8 +110,11 @@ class RunState:
 
     @property
     def mask_sparsity(self) -> float:
-        """Share that the masks prune; 0.0 before the first."""
-        return self.masks.sparsity() if self.masks is not None else 0.0
+        """Share of the prunable weights that the masks prune; 0.0 before the first."""
+        if self.masks is None:
+            return 0.0
+        pruned = self.masks.pruned
+        return sum(pruned.get(target.name, 0) for target in self.targets) / self.size
 
     def count(self) -> None:
         """Counts the zeros in the weights. Collective."""
@@ -203,7 +210,14 @@ class RunState:
                 self.trajectory.load(folder, resume=False)
         self.masks = held(masks, self.prunable, config)
         self.count()
-        warn_of_free_zeros(self.masks, self.zeros, self.size)
+        warn_of_free_zeros(self.masks, self._matrices(), config.mask_schedule)
+
+    def _matrices(self) -> list[Shard]:
+        """The targets, and all other matrices within the blocks that train."""
+        blocks = tuple(f"{name}." for name, _ in find_blocks(self.model))
+        others = [s for s in self.parameters if s.name.startswith(blocks) and len(s.shape) > 1]
+        targets = {target.name for target in self.targets}
+        return self.prunable + [s for s in others if s.parameter.requires_grad and s.name not in targets]
 
     def _range(self, key: str) -> tuple[int, int]:
         """What this rank owns of the parameter that a regime's tensor belongs to."""

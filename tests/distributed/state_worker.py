@@ -1,4 +1,4 @@
-"""One phase of a run on one engine: trains, is resumed when finished, holds what was saved, or meets a NaN."""
+"""One phase of a run on one engine: trains, is resumed, holds or prunes what was saved, or meets a NaN."""
 
 import json
 import logging
@@ -45,10 +45,12 @@ def main(options: dict) -> None:
     config = dict(sparsity=0.75, mask_start=2, indicators=["magnitude"], redistribution="none", budget="uniform")
     if phase == "hold":
         config = dict(mask_schedule="hold")
+    elif phase == "choice":
+        config |= dict(sparsity=0.85, exclude_modules=["mlp"])
     mama = MamaCallback(MamaConfig(**config))
     world = train_worker.world()
     args = TrainingArguments(
-        output_dir=str(folder / ("held" if phase == "hold" else "run")),
+        output_dir=str(folder / {"hold": "held", "choice": "chosen"}.get(phase, "run")),
         use_cpu=train_worker.ENGINE in ("single", "ddp"), report_to=[], disable_tqdm=True, seed=0,
         ddp_backend="gloo" if world > 1 else None, max_steps=4, per_device_train_batch_size=8 // world,
         learning_rate=1e-3, save_strategy="steps", save_steps=2, logging_steps=1, lr_scheduler_type="constant",

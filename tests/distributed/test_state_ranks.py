@@ -56,6 +56,19 @@ def test_a_damaged_checkpoint_is_refused_on_every_rank(trained):
     shutil.move(folder / "keep", damaged)
 
 
+def test_pruning_a_choice_of_matrices_leaves_the_others_masks(trained):
+    engine, folder, _ = trained
+    results = launch.run(
+        folder, engine, 2, module="state_worker", phase="choice", save="more", model=str(folder / "elsewhere")
+    )
+    names = [name for name in saved.raw_tensors(folder / "more") if name.endswith("proj.weight")]
+    mlp, attention = ({name for name in names if (".mlp." in name) is own} for own in (True, False))
+    assert saved.zeros(folder / "more", mlp) == saved.zeros(folder / "elsewhere", mlp)
+    assert saved.sparsity(folder / "more", attention) == pytest.approx(0.85, abs=1e-2)
+    assert [result["violations"] for result in results] == [0, 0] and results[0]["digest"] == results[1]["digest"]
+    assert MaskSet.load(folder / "more").digest() == results[0]["digest"]
+
+
 @pytest.mark.parametrize("masks", [True, False])
 def test_what_was_saved_is_held(trained, masks):
     engine, folder, _ = trained

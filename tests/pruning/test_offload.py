@@ -77,6 +77,17 @@ def test_a_model_that_someone_has_offloaded_is_pruned_as_it_is(saved):
         assert torch.equal(parts(ROWS[:1]).logits, whole(ROWS[:1]).logits)
 
 
+def test_matrices_that_are_left_out_keep_their_masks(saved, tmp_path):
+    dense, halves = saved("llama"), []
+    model = load_model(dense, device="cpu")
+    prune(model, method="magnitude", sparsity=0.4, target_modules=["mlp"], progress=False)
+    model.save_pretrained(tmp_path / "half")
+    for again in (load_model(str(tmp_path / "half"), device="cpu"), from_disk(str(tmp_path / "half"), tmp_path)):
+        halves.append(prune(again, method="magnitude", sparsity=0.7, target_modules=["self_attn"], progress=False))
+    assert halves[0].digest() == halves[1].digest() and len(halves[0].names) == 14
+    assert {round(halves[0].sparsity(name), 1) for name in halves[0].names} == {0.4, 0.7}
+
+
 def test_the_fingerprint_does_not_know_where_weights_lie(saved, tmp_path):
     dense = saved("mixtral")
     assert fingerprint(load_model(dense, device="cpu"), ROWS) == fingerprint(from_disk(dense, tmp_path), ROWS)

@@ -223,6 +223,77 @@ def test_hold_refuses_more_than_there_is(rows, tmp_path):
         train(load(folder), rows, tmp_path / "out", MamaConfig(sparsity=0.9, mask_schedule="hold"))
 
 
+# ---------------------------------------------------------------------- masks of a choice of matrices
+
+
+def by_part(folder):
+    """Share of zeros in attention and in the MLPs."""
+    names = [name for name in saved.raw_tensors(folder) if name.endswith("proj.weight")]
+    return tuple(saved.sparsity(folder, {name for name in names if part in name}) for part in (".self_attn.", ".mlp."))
+
+
+def test_pruning_a_choice_of_matrices_leaves_the_others_masks_as_they_are(rows, tmp_path):
+    """In a run, by its checkpoint, and by its next stage."""
+    config = MamaConfig(sparsity=0.6, mask_start=2, exclude_modules=["mlp"])
+    saving = {"save_strategy": "steps", "save_steps": 2}
+    folder = pruned_folder(rows, tmp_path / "half")
+    _, mama = train(load(folder), rows, tmp_path / "more", config, save=True, **saving)
+    there = pytest.approx((0.6, 0.5), abs=1e-3)
+    assert by_part(tmp_path / "more") == there and mama.sparsity == pytest.approx(0.6, abs=1e-3)
+    shutil.rmtree(tmp_path / "more" / "checkpoint-6")
+    newest = str(tmp_path / "more" / "checkpoint-4")
+    train(load(folder), rows, tmp_path / "more", config, resume=newest, save=True, **saving)
+    assert by_part(tmp_path / "more") == there
+    train(load(tmp_path / "more"), rows, tmp_path / "held", HOLD, save=True)  # statistics start anew
+    assert by_part(tmp_path / "held") == there
+
+
+@pytest.mark.parametrize("in_memory", [False, True])
+def test_prune_of_a_choice_of_matrices_keeps_the_others_masks(rows, tmp_path, in_memory):
+    model = load(pruned_folder(rows, tmp_path / "half"))
+    if in_memory:
+        prune(model, rows[:8], "magnitude", 0.55, progress=False)
+    masks = prune(model, rows[:8], "magnitude", 0.6, exclude_modules=["mlp"], progress=False)
+    assert len(masks.names) == 14 and masks.verify(model) == 0
+    model.save_pretrained(tmp_path / "more")
+    train(load(tmp_path / "more"), rows, tmp_path / "held", MamaConfig(sparsity=0.0), save=True)
+    assert by_part(tmp_path / "held") == pytest.approx((0.6, 0.55 if in_memory else 0.5), abs=2e-3)
+    assert masks.digest() == MaskSet.load(tmp_path / "held").digest()
+    # Of weights that are others by now nothing is kept.
+    model.load_state_dict(tiny("llama", seed=5).state_dict())
+    assert len(prune(model, rows[:8], "magnitude", 0.6, exclude_modules=["mlp"], progress=False).names) == 8
+
+
+def test_experts_that_a_run_leaves_alone_stay_as_sparse_as_they_are(rows, tmp_path):
+    model = tiny("mixtral")
+    prune(model, rows[:8], "magnitude", 0.5, progress=False)
+    model.save_pretrained(tmp_path / "half")
+    config = MamaConfig(sparsity=0.7, mask_start=2)
+    train(type(model).from_pretrained(tmp_path / "half"), rows, tmp_path / "more", config, save=True)
+    names = {name for name in saved.raw_tensors(tmp_path / "more") if ".experts." in name}
+    assert saved.sparsity(tmp_path / "more", names) == pytest.approx(0.5, abs=1e-3)
+
+
+@pytest.mark.parametrize("others", [0.0, 0.5])
+def test_hold_counts_and_keeps_matrices_that_the_masks_leave_out(rows, tmp_path, caplog, others):
+    model = zero_out(tiny("llama"), others)
+    prune(model, rows[:8], "magnitude", 0.6, target_modules=["mlp"], progress=False)
+    model.save_pretrained(tmp_path / "some")
+    before = by_part(tmp_path / "some")
+    _, mama = train(load(tmp_path / "some"), rows, tmp_path / "held", HOLD, save=True)
+    assert by_part(tmp_path / "held") == before and mama.missed is None
+    assert mama.sparsity == pytest.approx(saved.sparsity(tmp_path / "held"), abs=1e-6)
+    assert ("all of them are held" in caplog.text) == (others > 0)
+
+
+def test_zeros_in_matrices_that_a_run_leaves_out_are_said(rows, tmp_path, caplog):
+    zero_out(tiny("llama"), 0.6).save_pretrained(tmp_path / "theirs")
+    config = MamaConfig(mask_schedule="hold", exclude_modules=["mlp"])
+    train(load(tmp_path / "theirs"), rows, tmp_path / "out", config)
+    (said,) = [record.getMessage() for record in caplog.records if "under no mask" in record.getMessage()]
+    assert shares(said)[0] == pytest.approx(0.6 * 2 / 3, abs=0.01) and "leave `target_modules`" in said
+
+
 # ---------------------------------------------------------------------- the state of the last run
 
 
