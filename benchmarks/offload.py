@@ -26,7 +26,7 @@ from pathlib import Path
 import torch
 from mama_trl import prune
 from mama_trl.evaluation.loading import load_model
-from mama_trl.evaluation.placing import placing_of
+from mama_trl.evaluation.placing import file_size, placing_of
 from mama_trl.model.targets import find_targets
 from mama_trl.pruning.placement import LocalPlacement
 import transformers.models.llama.modeling_llama, torch._dynamo, accelerate.hooks
@@ -40,7 +40,7 @@ place = Path(output) / "blocks" if offload == "disk" else None
 model = load_model(folder, device="cpu", device_map=placing.device_map, offload_folder=place)
 targets = find_targets(model)
 masks = prune(model, rows, sparsity=0.7, placement=LocalPlacement(targets, place), progress=False)
-model.save_pretrained(output, **({"max_shard_size": "200MB"} if offload == "disk" else {}))
+model.save_pretrained(output, **({"max_shard_size": file_size(model)} if offload == "disk" else {}))
 peak = highest()
 print(json.dumps({
     "parameters": sum(p.numel() for p in model.parameters()), "expected": placing.held, "above_start": peak - start,

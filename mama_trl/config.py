@@ -149,7 +149,7 @@ class PruningOptions:
         default=None,
         metadata={
             "help": f"Share of the budget's own allocation, the rest uniform. Default: {RECORDED_BLEND} for what "
-            "training recorded; for predicted and measured it falls with the sparsity."
+            "training recorded, 1 for measured; for predicted it falls with the sparsity."
         },
     )
     redistribution: str = field(

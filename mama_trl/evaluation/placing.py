@@ -101,6 +101,13 @@ def _work(model: nn.Module) -> int:
     return max((4 * (4 * max(shape) ** 2 + 6 * shape.numel()) for shape in matrices), default=0)
 
 
+def file_size(model: nn.Module) -> int:
+    """Bytes of one file of a model whose blocks are elsewhere: three blocks, and 50 MB to 2 GB, so that saving holds
+    about as much at once as pruning does."""
+    blocks = [sum(p.numel() * p.element_size() for p in block.parameters()) for _, block in find_blocks(model)]
+    return min(max(3 * max(blocks), 50_000_000), 2_000_000_000)
+
+
 def _gb(size: int) -> str:
     return f"{size / 1e9:.2f} GB" if size >= 1e8 else f"{size / 1e6:.1f} MB"
 

@@ -167,7 +167,8 @@ def _allocated(
     elif budget == "measured":
         solve = partial(_alone, method, options, scores)
         histograms = measured_losses(model, calibration, targets, options.sparsity, solve, batch_size, progress)
-        shares = shares_by_loss(histograms, sizes, options.sparsity, options.budget_blend)
+        blend = 1.0 if options.budget_blend is None else options.budget_blend
+        shares = shares_by_loss(histograms, sizes, options.sparsity, blend, shrink=0.0)  # seen, not predicted
     else:
         blend = RECORDED_BLEND if options.budget_blend is None else options.budget_blend
         shares = allocate([scores.whole(budget, target) for target in targets], sizes, options.sparsity, blend)

@@ -224,13 +224,14 @@ def _announce(unfinished, model, rows) -> None:
 
 def _save(model, tokenizer, output):
     from ..engines.offload import is_offloaded
+    from ..evaluation.placing import file_size
 
     output = check_output_dir(output, overwrite=True)
 
     def write(folder):
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message=".*offloaded modules")  # one file at a time is in memory
-            model.save_pretrained(folder, **({"max_shard_size": "2GB"} if is_offloaded(model) else {}))
+            model.save_pretrained(folder, **({"max_shard_size": file_size(model)} if is_offloaded(model) else {}))
         tokenizer.save_pretrained(folder)
 
     write_folder(output, write, before=remove_model_files)
