@@ -360,6 +360,11 @@ def changed_weights(edit):
     return change
 
 
+def with_a_head_beside_the_tied_one(folder: Path) -> None:
+    changed_config(tie_word_embeddings=True)(folder)
+    changed_weights(lambda w: w.update({"lm_head.weight": w["model.embed_tokens.weight"] + 1}))(folder)
+
+
 def sharded(folder: Path) -> None:
     os.rename(folder / "model.safetensors", folder / "model-00001-of-00002.safetensors")
     names = {"a": "model-00001-of-00002.safetensors", "b": "model-00002-of-00002.safetensors"}
@@ -388,6 +393,7 @@ MODELS = {
     "one layer asked, two there": (changed_config(num_hidden_layers=1), "beside it model.layers.1"),
     "other width": (changed_config(intermediate_size=48), "another shape"),
     "other vocabulary": (changed_config(vocab_size=999), "another shape"),
+    "a head that is tied": (with_a_head_beside_the_tied_one, "a lm_head.weight of its own"),
     "absurd vocabulary": (changed_config(vocab_size=10**12), "another shape"),
     "absurd depth": (changed_config(num_hidden_layers=10**9), "num_hidden_layers"),
     "negative depth": (changed_config(num_hidden_layers=-1), "beside it"),

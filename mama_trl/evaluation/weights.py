@@ -96,6 +96,13 @@ def check_weights(source: str, folder: Path, config: PretrainedConfig) -> None:
     for name, _ in model.named_parameters():
         if name in headers and not headers[name].is_floating_point():
             raise MamaError(f"the weights in {source} hold whole numbers for {name}: save them as floating point.")
+    tied = getattr(model_class, "_tied_weights_keys", None) if config.get_text_config().tie_word_embeddings else None
+    for name, other in tied.items() if isinstance(tied, dict) else ():
+        if name in headers and other in headers and not _equal(folder, name, other):
+            raise MamaError(
+                f"the weights in {source} hold a {name} of its own, which its config.json ties to {other}: set "
+                "`tie_word_embeddings` to false in it, or give the weights that belong to it."
+            )
 
 
 def check_report(source: str, report: dict[str, Any]) -> None:
@@ -131,6 +138,16 @@ def weight_files(folder: Path) -> list[Path]:
                     raise MamaError(f"{path} is missing, which {index.name} names: restore it or save again.")
             return paths
     raise MamaError(f"{folder} holds no weights (model*.safetensors): finish saving the model, or give another.")
+
+
+def _equal(folder: Path, *names: str) -> bool:
+    """Whether two stored tensors hold the same numbers; yes for files that only unpickling would read."""
+    found = []
+    for path in weight_files(folder):
+        if path.suffix == ".safetensors":
+            with safe_open(path, "pt") as file:
+                found += [file.get_tensor(name) for name in names if name in file.keys()]
+    return len(found) != len(names) or torch.equal(*found)
 
 
 def _headers(folder: Path) -> dict[str, torch.Tensor]:
