@@ -115,7 +115,7 @@ def memory_bound(model, rows, streams: int = 2) -> int:
 class Checkpoint:
     """A model with its text, and the trials made on it so far, which lie in `store`."""
 
-    def __init__(self, folder: Path, size: int, store: Path):
+    def __init__(self, folder: Path, size: int, store: Path, seeds: list[int]):
         self.name, self._size, self._store = folder.name, size, store
         self._tokenizer, self._model = load_tokenizer(str(folder)), load_model(str(folder))
         self._train, valid = (read_text(DATA / "tinystories" / f"{part}.jsonl") for part in ("train", "valid"))
@@ -123,7 +123,9 @@ class Checkpoint:
         self._dense = dense_state(self._model)
         self._reference = perplexity(self._model, self._heldout)
         rows = map(json.loads, store.read_text().splitlines()) if store.is_file() else []
-        self._trials = [row for row in rows if row["model"] == self.name and row["blocks"] == size]
+        self._trials = [
+            row for row in rows if row["model"] == self.name and row["blocks"] == size and row["seed"] in {0, *seeds}
+        ]
         self._memory: dict[str, int] = {}
 
     def calibration(self, seed: int):
@@ -310,7 +312,7 @@ def main() -> int:
     ways = list(METHODS) if args.quick else args.ways.split(",")
     store = args.output.with_suffix(".cells")
     folders = args.model or [DATA / "models" / name for name in MODELS]
-    checkpoints = [Checkpoint(folder, size, store) for folder in folders]
+    checkpoints = [Checkpoint(folder, size, store, seeds) for folder in folders]
     for seed in seeds:
         for checkpoint in checkpoints:
             checkpoint.run(levels, seed, "unstructured", ways)
