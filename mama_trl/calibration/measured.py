@@ -39,7 +39,7 @@ def measured_losses(
     batch_size: int = 8,
     progress: bool = False,
 ) -> Tensor:
-    """How many connections of each matrix have which measured loss, int64 (matrices, bins): see `shares_by_loss`.
+    """How many connections of each matrix have which measured loss, int32 (matrices, bins): see `shares_by_loss`.
 
     Targets outside every block, and those that no token reached, have zeros.
 

@@ -190,7 +190,7 @@ def _alone(
 def predicted_losses(
     model: nn.Module, calibration: Sequences, targets: list[Target], batch_size: int = 8, progress: bool = False
 ) -> Tensor:
-    """How many connections of each matrix have which predicted loss, int64 (matrices, bins): see `shares_by_loss`.
+    """How many connections of each matrix have which predicted loss, int32 (matrices, bins): see `shares_by_loss`.
 
     The loss of taking out a connection, all others of its row refitted: w² times the mean square of the loss's gradient
     at its output times what its input is worth. A matrix whose inputs no token reached has zeros.
@@ -204,7 +204,7 @@ def predicted_losses(
         with readable(target.module):
             found.append(
                 matrix_histogram(target.matrix, gradients[target.name], worths[target.name])
-                if target.name in worths else torch.zeros(BINS, dtype=torch.int64)
+                if target.name in worths else torch.zeros(BINS, dtype=torch.int32)
             )
     return torch.stack(found)
 

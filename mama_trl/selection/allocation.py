@@ -96,8 +96,8 @@ _CHUNK = 1 << 20  # connections handled at once: bounds the extra memory
 
 
 def matrix_histogram(weight: Tensor, output_gradient: Tensor, input_worth: Tensor) -> Tensor:
-    """How many connections of a matrix have which predicted loss w² g² d, int64 (bins,): enough to share sparsity by,
-    and small enough to add up over ranks and to hold for every matrix.
+    """How many connections of a matrix have which predicted loss w² g² d, int32 (bins,): enough to share sparsity by,
+    and small enough to add up over ranks and to hold for every matrix (32 KiB).
 
     Args:
         weight: w, (out, in).
@@ -109,7 +109,7 @@ def matrix_histogram(weight: Tensor, output_gradient: Tensor, input_worth: Tenso
     for part, gradient in zip(weight.split(rows), output_gradient.split(rows)):
         loss = part.float().square() * gradient.unsqueeze(1) * input_worth
         counts += torch.bincount(loss.clamp_(0, 3e38).reshape(-1).view(torch.int32) >> 18, minlength=BINS)
-    return counts
+    return counts.int()
 
 
 def curve_histogram(densities: list[float], losses: list[float], size: int) -> Tensor:
@@ -134,7 +134,7 @@ def curve_histogram(densities: list[float], losses: list[float], size: int) -> T
     counts = torch.zeros(BINS, dtype=torch.float64)
     for (number, _), loss in zip(steps, [10 * dear[0], *dear]):
         counts[int(torch.tensor(loss, dtype=torch.float32).clamp(0, 3e38).view(torch.int32)) >> 18] += number
-    return counts.round().long()
+    return counts.round().int()
 
 
 def trust(sparsity: float) -> tuple[float, float]:
@@ -158,27 +158,33 @@ def shares_by_loss(
     `shrink` of the distance of their logarithmic means, and `blend` of what comes out is mixed with uniform.
 
     Args:
-        histograms: int64 (matrices, bins), from `matrix_histogram`; a row of zeros = nothing is known, uniform.
+        histograms: whole numbers (matrices, bins), from `matrix_histogram`; a row of zeros = nothing is known, uniform.
         sizes: connections of each matrix.
         blend, shrink: default `trust(sparsity)`.
     """
     usual = trust(sparsity)
     blend, shrink = usual[0] if blend is None else blend, usual[1] if shrink is None else shrink
-    counts = histograms.double().cpu()
-    known = counts.sum(1) > 0
+    counts = histograms.cpu()  # of many matrices large: worked on row by row, and never copied whole
+    numbers = counts.sum(1)
+    known = numbers > 0
     places = torch.arange(BINS, dtype=torch.float64)
-    means = (counts * places).sum(1) / counts.sum(1).clamp_min(1)
+    means = torch.stack([row.double() @ places for row in counts]) / numbers.clamp_min(1)
     overall = (means * known).sum() / known.sum().clamp_min(1)
-    moves = (shrink * (overall - means)).round().long() * known
-    moved = torch.stack([_moved(row, int(step)) for row, step in zip(counts, moves)])
-    keep = (1 - sparsity) * float(counts[known].sum())
-    above = moved[known].sum(0).flip(0).cumsum(0).flip(0)  # how many lie in a bin or above it
+    moves = ((shrink * (overall - means)).round().long() * known).tolist()
+    everything = torch.zeros(BINS, dtype=torch.int64)
+    for row, step in zip(counts, moves):
+        everything += _moved(row, step)
+    keep = (1 - sparsity) * float(everything.sum())
+    above = everything.flip(0).cumsum(0).flip(0)  # how many lie in a bin or above it
     edge = max(int((above >= keep).nonzero()[-1]) if bool((above >= keep).any()) else 0, 0)
     behind = float(above[edge + 1]) if edge + 1 < BINS else 0.0
-    inside = float(moved[known][:, edge].sum())
+    inside = float(everything[edge])
     part = (keep - behind) / inside if inside else 0.0
-    kept = moved[:, edge + 1 :].sum(1) + part * moved[:, edge]
-    densities = [float(k / n) if yes else 1 - sparsity for k, n, yes in zip(kept, counts.sum(1), known)]
+    densities = []
+    for row, step, number in zip(counts, moves, numbers.tolist()):
+        moved = _moved(row, step)
+        kept = float(moved[edge + 1 :].sum()) + part * float(moved[edge])
+        densities.append(kept / number if number else 1 - sparsity)
     return blended(sizes, densities, sparsity, blend)
 
 
