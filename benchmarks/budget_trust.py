@@ -31,7 +31,7 @@ LEVELS = (0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.99)
 SETTINGS = ((0.4, 0.0), (0.7, 0.0), (0.7, 0.25), (0.7, 0.5), (0.7, 0.75), (1.0, 0.75))  # (blend, shrink)
 
 
-def excesses(folder: str, text: str, levels, seed: int, known: dict, keep) -> None:
+def excesses(folder: str, text: str, levels, seed: int, known: dict, keep, measured: bool) -> None:
     """Measures what `known` lacks and hands each row to `keep`."""
     tokenizer, model = load_tokenizer(folder), load_model(folder)
     cut = len(text) * 9 // 10
@@ -51,6 +51,10 @@ def excesses(folder: str, text: str, levels, seed: int, known: dict, keep) -> No
             by_name = {target.name: share for target, share in zip(targets, shares)}
             found = trial(model, dense, rows, apart, 8, sparsity=level, layer_sparsity=by_name)
             keep(key, min(found["nats"], worst) - reference)
+        key = (Path(folder).name, level, "measured")
+        if measured and key not in known:
+            found = trial(model, dense, rows, apart, 8, sparsity=level, budget="measured")
+            keep(key, min(found["nats"], worst) - reference)
 
 
 def main() -> None:
@@ -60,6 +64,7 @@ def main() -> None:
     ])
     options.add_argument("--text", metavar="FILE", default=str(DATA / "tinystories" / "train.jsonl"))
     options.add_argument("--levels", default=",".join(map(str, LEVELS)))
+    options.add_argument("--measured", action="store_true", help="the budget `measured` too, which takes longer")
     args = options.parse_args()
     levels = (0.5, 0.9) if args.quick else [float(level) for level in args.levels.split(",")]
     store = Path(f"{args.output}.rows") if args.output else None
@@ -76,7 +81,7 @@ def main() -> None:
 
     text = read_text(args.text)
     for folder in args.model[:1] if args.quick else args.model:
-        excesses(folder, text, levels, args.seed, known, keep)
+        excesses(folder, text, levels, args.seed, known, keep, args.measured)
     models = list(dict.fromkeys(key[0] for key in known))
     settings = list(dict.fromkeys(key[2] for key in known))
     rows = [

@@ -18,7 +18,7 @@ from tqdm import tqdm
 from ..engines.offload import readable, running_device
 from ..model.blocks import find_blocks
 from ..model.language import call
-from ..model.runner import experts_one_by_one
+from ..model.runner import computing, experts_one_by_one
 from ..model.sequences import Sequences, batches
 from ..model.targets import Target
 
@@ -103,16 +103,11 @@ def _one_block_at_a_time(
 
         return lambda *args, **kwargs: checkpoint(whole, *args, use_reentrant=False, **kwargs)
 
-    blocks = find_blocks(model)
-    own = [{key: value for key, value in vars(block).items() if key == "forward"} for _, block in blocks]
-    for number, (_, block) in enumerate(blocks):
-        block.forward = kept_small(block, block.forward, [t for t in targets if t.block == number])
-    try:
+    with ExitStack() as stack:
+        for number, (_, block) in enumerate(find_blocks(model)):
+            own = [t for t in targets if t.block == number]
+            stack.enter_context(computing(block, kept_small(block, block.forward, own)))
         yield
-    finally:
-        for (_, block), before in zip(blocks, own):
-            del block.forward
-            block.__dict__.update(before)
 
 
 @contextmanager

@@ -18,6 +18,7 @@ from typing import Callable, Iterator, Optional
 import torch
 from torch import Tensor, nn
 
+from ..model.runner import computing
 from ..model.targets import Target
 from .grams import first_of
 
@@ -98,7 +99,7 @@ def silenced(whole: nn.Module) -> Iterator[None]:
         states = args[0] if args else kwargs["hidden_states"]
         return states.new_zeros(()).expand_as(states), None
 
-    with _computing(whole, nothing):
+    with computing(whole, nothing):
         yield
 
 
@@ -109,20 +110,8 @@ def uncomputed(layer: nn.Module, width: int) -> Iterator[None]:
     def nothing(inputs: Tensor) -> Tensor:
         return inputs.new_zeros(()).expand(*inputs.shape[:-1], width)
 
-    with _computing(layer, nothing):
+    with computing(layer, nothing):
         yield
-
-
-@contextmanager
-def _computing(module: nn.Module, forward: Callable) -> Iterator[None]:
-    """`module` computes `forward` for a while."""
-    own = {key: value for key, value in vars(module).items() if key == "forward"}  # what another library put there
-    module.forward = forward
-    try:
-        yield
-    finally:
-        del module.forward  # the class's own is seen again
-        module.__dict__.update(own)
 
 
 def plan_groups(

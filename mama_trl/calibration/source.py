@@ -41,6 +41,7 @@ class BlocksInPlace:
 
 class FetchedBlocks(BlocksInPlace):
     """Blocks whose weights are on disk or in CPU memory until they run (engines/offload.py): one at a time is there.
+    Those of a model that is there as a whole are as they stand.
 
     Args:
         folder: where changed blocks are written that lay on disk; None = what is changed is forgotten.

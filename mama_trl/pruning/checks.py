@@ -18,7 +18,7 @@ def check_not_denser(targets: list[Target], sparsity: float, layer_sparsity: Opt
     """
     sizes = [target.shape[0] * target.shape[1] for target in targets]
     asked = [(layer_sparsity or {}).get(target.name, sparsity) for target in targets]
-    zeros = sum(zeros_of(target) for target in targets)
+    zeros = sum(zeros_in(target) for target in targets)
     total, rows = sum(sizes), sum(target.shape[0] for target in targets)
     there = int(zeros) / total
     wanted = sum(share * size for share, size in zip(asked, sizes)) / total
@@ -29,7 +29,7 @@ def check_not_denser(targets: list[Target], sparsity: float, layer_sparsity: Opt
         )
 
 
-def zeros_of(target: Target) -> Tensor:
+def zeros_in(target: Target) -> Tensor:
     """How many of a matrix's weights are zero."""
     with readable(target.module):
         return target.matrix.numel() - target.matrix.count_nonzero()

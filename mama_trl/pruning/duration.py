@@ -8,24 +8,24 @@ from ..model.targets import Target
 from ..solvers.methods import Method
 
 SIZE = 768  # of the matrices whose product is timed
+READ = 0.75  # of the calibration tokens, by methods with goals: half of them to all
 EFFICIENCY = 0.8  # of that speed, which attention, norms and smaller matrices do not reach
 
 
 def rough_seconds(
-    targets: list[Target], method: Method, tokens: int, dtype: torch.dtype, device: torch.device, goals: float = 0.75
+    targets: list[Target], method: Method, tokens: int, dtype: torch.dtype, device: torch.device
 ) -> float:
     """Seconds, right within a factor of two or so; 0 for a method that needs nothing of the inputs.
 
     Args:
         tokens: of all calibration sequences.
-        goals: share of them that methods with goals read.
     """
     if method.needs == "nothing":
         return 0.0
     weights = sum(t.shape[0] * t.shape[1] for t in targets)
     inputs = {(t.block, t.shape[1]): t.shape[1] ** 2 for t in targets}  # layers that read one tensor share a gram
     grams = 0 if method.needs == "norm" else sum(inputs.values())
-    tokens_read, streams, kinds = (tokens * goals, 3, 2) if "goal" in method.needs else (tokens, 2, 1)
+    tokens_read, streams, kinds = (READ * tokens, 3, 2) if "goal" in method.needs else (tokens, 2, 1)
     solved = sum(method.inversions * t.shape[1] ** 3 + method.products * t.shape[0] * t.shape[1] ** 2 for t in targets)
     forward = 2 * tokens_read * streams * weights
     exact = 2 * (tokens_read * kinds * grams + solved)

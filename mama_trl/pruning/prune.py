@@ -179,12 +179,8 @@ def _alone(
     method: Method, options: PruningOptions, scores: ScoreSource, target: Target, inputs: Gram, sparsity: float
 ) -> Solution:
     """What the method makes of one matrix of the dense model."""
-    criterion = Criterion(options.weights)
-    return method.solve(LayerProblem(
-        target.matrix.float(), None if target.bias is None else target.bias.detach().float(), sparsity,
-        by_row=options.scope == "row", inputs=inputs, redistribution=options.redistribution, criterion=criterion,
-        scores={name: scores.whole(name, target) for name in criterion.sourced},
-    ))
+    sweep = _Sweep(method, options, scores, {target.name: sparsity}, LocalPlacement([target]), tokens=0)
+    return method.solve(sweep.problem(target, Measured([target], {target.name: inputs})))
 
 
 def predicted_losses(
@@ -198,7 +194,7 @@ def predicted_losses(
     # What an output and an input are worth shows after a few thousand tokens.
     few = spread_evenly(calibration, -(-len(calibration) // 8))
     gradients = output_gradients(model, few, targets, progress)
-    worths = input_worths(model, few, targets, batch_size, FetchedBlocks() if is_offloaded(model) else None)
+    worths = input_worths(model, few, targets, batch_size, FetchedBlocks())
     found = []
     for target in targets:
         with readable(target.module):
@@ -253,7 +249,7 @@ class _Sweep:
         placement, group = self.placement, measured.targets
         placement.add_up(measured)
         # All are read before the first is solved, so that ranks that share the work solve at the same time.
-        problems = {target.name: self._problem(target, measured) for target in group}
+        problems = {target.name: self.problem(target, measured) for target in group}
         measured.grams.clear()
         measured.goals.clear()
         solved: dict[str, Solution] = {}
@@ -265,7 +261,7 @@ class _Sweep:
                 )
         placement.write(group, solved)
 
-    def _problem(self, target: Target, measured: Measured) -> Optional[LayerProblem]:
+    def problem(self, target: Target, measured: Measured) -> Optional[LayerProblem]:
         """The layer problem of a target; None if another rank solves it. Collective."""
         criterion, inputs = Criterion(self.options.weights), measured.grams.get(target.name)
         if inputs is not None and inputs.tokens < min(FEWEST_TOKENS, self.tokens):

@@ -135,6 +135,7 @@ class Unfinished:
         """Takes away that this command has begun, if nothing has come of it: it was refused after all."""
         if self._fresh and not self.blocks:
             self.remove()
+        remove_written(self.folder, {OFFLOADED: NAMES[OFFLOADED]})  # also of a model that was refused when loaded
 
     def remove(self) -> None:
         """Deletes the stored blocks, and the folder if nothing else lies in it; last of all what they belong to."""

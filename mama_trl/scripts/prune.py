@@ -88,7 +88,7 @@ def _prune(args, options, method, unfinished, tokenizer, rows) -> None:
     from ..indicators.recorded import recorded
     from ..indicators.source import StoredScores
     from ..model.targets import find_targets
-    from ..pruning.checks import zeros_of
+    from ..pruning.checks import zeros_in
     from ..pruning.duration import rough_seconds, told
     from ..pruning.placement import LocalPlacement
     from ..pruning.prune import check_scores, prune
@@ -116,7 +116,7 @@ def _prune(args, options, method, unfinished, tokenizer, rows) -> None:
     )
     output = _save(model, tokenizer, args.output)
     masks.save(output)
-    zeros = sum(int(zeros_of(target)) for target in targets)
+    zeros = sum(int(zeros_in(target)) for target in targets)
     size = sum(target.matrix.numel() for target in targets)
     pruned = sum(masks.pruned[name] for name in {target.parameter_name for target in targets})
     unfinished.remove()

@@ -1,9 +1,11 @@
 """A model whose blocks stay on disk while one runs is pruned to the very same bits, and no block is left in memory."""
 
+import shutil
+
 import pytest
 import torch
 from accelerate import cpu_offload
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from mama_trl import prune
 from mama_trl.cli import main
@@ -160,3 +162,15 @@ def test_the_time_that_is_told_grows_with_the_work(monkeypatch, saved):
     weights = sum(target.shape[0] * target.shape[1] for target in targets)
     assert time["wanda"] == pytest.approx(2 * 1000 * 2 * weights / 1e9 / 0.8)
     assert (told(0.2), told(80), told(100), told(6000)) == ("1 seconds", "80 seconds", "2 minutes", "2 hours")
+
+
+def test_a_model_that_is_refused_once_it_is_loaded_leaves_nothing(folder, tmp_path, capsys):
+    broken = tmp_path / "broken"
+    shutil.copytree(folder / "llama", broken)
+    weights = load_file(broken / "model.safetensors")
+    weights["model.layers.1.mlp.up_proj.weight"][0, 0] = float("nan")
+    save_file(weights, broken / "model.safetensors", metadata={"format": "pt"})
+    argv = ["prune", str(broken), "--calibration", str(folder / "train.txt"), "--output", str(tmp_path / "out")]
+    assert main([*argv, "--sparsity", "0.5", "--offload", "disk"]) == 2
+    assert "holds NaN or infinity" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists() or not any((tmp_path / "out").iterdir())
