@@ -180,7 +180,7 @@ def _alone(
 ) -> Solution:
     """What the method makes of one matrix of the dense model."""
     sweep = _Sweep(method, options, scores, {target.name: sparsity}, LocalPlacement([target]), tokens=0)
-    return method.solve(sweep.problem(target, Measured([target], {target.name: inputs})))
+    return method.solve(sweep._problem(target, Measured([target], {target.name: inputs})))
 
 
 def predicted_losses(
@@ -249,7 +249,7 @@ class _Sweep:
         placement, group = self.placement, measured.targets
         placement.add_up(measured)
         # All are read before the first is solved, so that ranks that share the work solve at the same time.
-        problems = {target.name: self.problem(target, measured) for target in group}
+        problems = {target.name: self._problem(target, measured) for target in group}
         measured.grams.clear()
         measured.goals.clear()
         solved: dict[str, Solution] = {}
@@ -261,7 +261,7 @@ class _Sweep:
                 )
         placement.write(group, solved)
 
-    def problem(self, target: Target, measured: Measured) -> Optional[LayerProblem]:
+    def _problem(self, target: Target, measured: Measured) -> Optional[LayerProblem]:
         """The layer problem of a target; None if another rank solves it. Collective."""
         criterion, inputs = Criterion(self.options.weights), measured.grams.get(target.name)
         if inputs is not None and inputs.tokens < min(FEWEST_TOKENS, self.tokens):
